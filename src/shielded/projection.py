@@ -1,0 +1,149 @@
+"""The smallest move that leaves every shield: what replaces the paper's sum where shields overlap.
+
+The distance constraints ‖x0 + h − z_k‖ ≥ r_k are not convex, but in high dimension the smallest h is: with
+w_k = x0 − z_k and e_k = r_k² − ‖w_k‖² they read 2 w_k·h + ‖h‖² ≥ e_k, and any ρ ≥ ‖h‖² can take the place of ‖h‖²,
+because a step orthogonal to all w_k lengthens h and changes no w_k·h. So h solves
+
+    min ρ   subject to   ρ ≥ ‖h‖²,   2 w_k·h + ρ ≥ e_k   for all k,
+
+a convex problem. For a given ρ it is a non-negative least squares problem in the multipliers of the constraints; its
+lower bound on ρ is a ratio that Newton's method (Dinkelbach 1967) raises to the optimum in a few rounds. For one shield
+h = (r − d) w/d, the paper's formula; where normals oppose each other, the orthogonal step is the way out.
+
+Everything here works on Gram matrices in float64, so its cost depends on the number of active shields alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_RIDGE = 1e-11  # keeps the linear systems solvable when references coincide or oppose each other
+_EXCHANGE_ROUNDS = 30
+_NEWTON_ROUNDS = 25
+
+
+def non_negative_quadratic(gram: Tensor, target: Tensor, passive: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximise ν·target − ½ νᵀ gram ν over ν ≥ 0, for a batch, by block principal pivoting (Kim and Park 2011).
+
+    Args:
+        gram: (n, A, A) positive semi-definite.
+        target: (n, A).
+        passive: (n, A) bool, a first guess of the entries with ν > 0.
+        valid: (n, A) bool; the other entries are padding and stay 0.
+
+    Returns:
+        ν (n, A) and its passive set.
+    """
+    n, size = target.shape
+    passive = passive & valid
+    fewest = torch.full((n,), size + 1, device=target.device)
+    patience = torch.full((n,), 3, device=target.device)
+    tolerance = 1e-10 * target.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)
+    order = torch.arange(size, device=target.device)
+    for _ in range(_EXCHANGE_ROUNDS):
+        system = gram * (passive[:, :, None] & passive[:, None, :])
+        system = system + torch.diag_embed(torch.where(passive, _RIDGE, 1.0).to(gram.dtype))
+        multipliers = torch.linalg.solve(system, (target * passive).unsqueeze(-1)).squeeze(-1) * passive
+        slack = (gram @ multipliers.unsqueeze(-1)).squeeze(-1) - target
+        wrong = valid & torch.where(passive, multipliers < 0, slack < -tolerance)
+        count = wrong.sum(dim=1)
+        if not count.any():
+            break
+        # Exchange all wrong entries at once while that helps, else the last one only, which cannot cycle.
+        better = count < fewest
+        fewest = torch.where(better, count, fewest)
+        patience = torch.where(better, 3, patience - 1)
+        last = (wrong * (order + 1)).argmax(dim=1, keepdim=True) == order
+        passive = passive ^ torch.where((patience >= 0).unsqueeze(1), wrong, wrong & last)
+    return multipliers.clamp(min=0), passive
+
+
+def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor) -> Tensor:
+    """Multipliers ν with h = Σ_k ν_k u_k, u_k = (x0 − z_k)/d_k, the smallest move out of all shields.
+
+    Args:
+        gram: (n, A, A) float64, u_k·u_l.
+        distance: (n, A) float64, d_k > 0.
+        radius: (n, A) float64.
+        valid: (n, A) bool, False marks padding.
+
+    Returns:
+        (n, A) float64, non-negative. Where the normals oppose each other, Σ ν_k u_k alone does not leave all shields;
+        the rest has to be walked at a right angle to them (`escape_length`).
+    """
+    scale = torch.where(valid, radius, 0).amax(dim=1, keepdim=True)
+    distance = torch.where(valid, distance / scale, 1.0)
+    radius = torch.where(valid, radius / scale, 0.0)
+    excess = (radius.square() - distance.square()) / (2 * distance)  # u_k·h ≥ excess − ρ slope
+    slope = 1 / (2 * distance)
+    bound = torch.where(valid, radius - distance, 0).clamp(min=0).amax(dim=1, keepdim=True).square()
+    multipliers = torch.zeros_like(distance)
+    passive = valid & (excess > 0)
+    for _ in range(_NEWTON_ROUNDS):
+        multipliers, passive = non_negative_quadratic(gram, (excess - bound * slope) * valid, passive, valid)
+        energy = (multipliers * (gram @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(dim=1, keepdim=True)
+        ratio = ((multipliers * excess).sum(dim=1, keepdim=True) - energy / 2) / (
+            0.5 + (multipliers * slope).sum(dim=1, keepdim=True)
+        )
+        if not (ratio > bound * (1 + 1e-12)).any():
+            break
+        bound = torch.maximum(bound, ratio)
+    return multipliers * scale
+
+
+def escape_length(along: Tensor, deficit: Tensor) -> Tensor:
+    """How far to walk along a unit vector v until every shield is left: max_k of the root of ‖y − z_k + t v‖ = r_k.
+
+    Args:
+        along: (A,) (y − z_k)·v.
+        deficit: (A,) r_k² − ‖y − z_k‖².
+    """
+    return (torch.sqrt((along.square() + deficit).clamp(min=0)) - along).where(deficit > 0, 0).max()
+
+
+def separate(points: Tensor, radius: Tensor, together: Tensor, rounds: int = 12) -> tuple[Tensor, Tensor]:
+    """The smallest joint move that puts every pair of points at least its radius apart; both sides of a pair share it.
+
+    Each round replaces the pairs' distance constraints by half-spaces at the points reached so far, which are
+    conservative, and solves for the smallest move from the start (sequential convex programming).
+
+    Args:
+        points: (B, N) float64 coordinates, no two equal.
+        radius: (B, B) distances to keep.
+        together: (B, B) bool, pairs that repel each other.
+        rounds: at most so many times pairs that came too close are added.
+
+    Returns:
+        the move (B, N), and (B,) bool: rows that still have a pair that is too close.
+    """
+    first, second = torch.triu_indices(len(points), len(points), 1, device=points.device)
+    pairs = together[first, second]
+    first, second = first[pairs], second[pairs]
+    radius = radius[first, second]
+    move = torch.zeros_like(points)
+    chosen = torch.zeros(len(first), dtype=torch.bool, device=points.device)
+    close = chosen
+    for attempt in range(rounds + 1):
+        offset = (points + move)[first] - (points + move)[second]
+        distance = offset.norm(dim=1)
+        close = distance < radius * (1 - 1e-6)
+        if attempt == rounds or not close.any():
+            break
+        # The closest pairs first: leaving them usually frees the others, and the system stays small.
+        new = torch.where(close & ~chosen, distance, torch.inf)
+        chosen = chosen | (new <= new.topk(min(256, len(new)), largest=False).values[-1]) & close
+        i, j = first[chosen], second[chosen]
+        unit = offset[chosen] / distance[chosen, None]
+        incidence = torch.zeros(len(i), len(points), dtype=points.dtype, device=points.device)
+        row = torch.arange(len(i), device=points.device)
+        incidence[row, i], incidence[row, j] = 1, -1
+        gram = (unit @ unit.T) * (incidence @ incidence.T)
+        target = radius[chosen] * (1 + 1e-5) - (unit * (points[i] - points[j])).sum(dim=1)
+        everything = torch.ones(1, len(i), dtype=torch.bool, device=points.device)
+        multipliers, _ = non_negative_quadratic(gram[None], target[None], target[None] > 0, everything)
+        move = incidence.T @ (multipliers[0, :, None] * unit)
+    unresolved = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    unresolved[first[close]] = True
+    unresolved[second[close]] = True
+    return move, unresolved

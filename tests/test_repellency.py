@@ -1,0 +1,257 @@
+"""The formula against published golden numbers and closed forms; the projection against brute force."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from shielded.repellency import active_pairs, project_pairs, repellency, sum_pairs
+
+
+def golden():
+    """The points of the golden table: D = 256, five sines and a query next to the first."""
+    i = torch.arange(1, 257, dtype=torch.float64)
+    z = torch.stack([torch.sin(0.37 * (k + 1) * i + 0.1 * k * k) for k in range(5)])
+    x = z[0] + 0.3 * torch.cos(0.11 * i)
+    return x.view(1, 4, 8, 8), z.view(5, 4, 8, 8)
+
+
+def distances(x, z):
+    return (x.double().flatten(1)[:, None] - z.double().flatten(1)[None]).norm(dim=2)
+
+
+def formula(x, z, radius):
+    """The paper's sum in float64, term by term."""
+    x, z = x.double(), z.double()
+    delta = torch.zeros_like(x)
+    for i in range(len(x)):
+        for k in range(len(z)):
+            d = (x[i] - z[k]).norm()
+            delta[i] += max(radius - d, 0) * (x[i] - z[k]) / d
+    return delta
+
+
+@pytest.mark.parametrize(
+    ("radius", "strength", "norm", "total", "head"),
+    [
+        (15.5, 1.0, 12.112784, 0.042220, (1.066325, 1.046951, 1.014922)),
+        (15.5, 1.6, 19.380454, 0.067552, (1.706120, 1.675122, 1.623876)),
+        (18.0, 1.0, 16.796721, 0.034311, (1.333027, 1.628446, 1.663430)),
+    ],
+)
+def test_golden_numbers(radius, strength, norm, total, head):
+    x, z = golden()
+    delta = repellency(x, z, radius, overcompensation=strength).flatten()
+    assert delta.norm().item() == pytest.approx(norm, abs=1e-5)
+    assert delta.sum().item() == pytest.approx(total, abs=1e-5)
+    assert delta[:3].tolist() == pytest.approx(head, abs=1e-5)
+
+
+def test_golden_numbers_within_a_batch():
+    x, z = golden()
+    batch = torch.cat([x, 0.9 * x + 0.1 * z[1:2], z[2:3] + 0.2 * x]).flatten(1).float()
+    radius = torch.full((3, 3), 15.5)
+    delta = sum_pairs(batch, radius, active_pairs(batch, radius, torch.ones(3, 3, dtype=torch.bool)))
+    assert delta.norm(dim=1).tolist() == pytest.approx([14.206032, 13.398328, 2.105508], abs=1e-5)
+    assert delta.sum(dim=1).tolist() == pytest.approx([-0.449266, 0.335774, 0.113491], abs=1e-5)
+    assert delta[0, :3].tolist() == pytest.approx([-0.094234, -0.014654, 0.449899], abs=1e-5)
+
+
+@pytest.mark.parametrize("overlap", ["sum", "project"])
+@pytest.mark.parametrize("batch", [1, 2, 5, 6])  # 5 references: broadcasting must not pair rows with references
+def test_shapes_and_rows_are_independent(batch, overlap):
+    generator = torch.Generator().manual_seed(batch)
+    x, z = torch.randn(batch, 3, 4, 4, generator=generator), torch.randn(5, 3, 4, 4, generator=generator)
+    delta = repellency(x, z, 9.0, overlap=overlap)
+    assert delta.shape == x.shape
+    for i in range(batch):
+        torch.testing.assert_close(delta[i : i + 1], repellency(x[i : i + 1], z, 9.0, overlap=overlap))
+    if overlap == "sum":
+        torch.testing.assert_close(delta.double(), formula(x, z, 9.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", ["sum", "project"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_one_shield_is_left_to_its_shell(dtype, overlap):
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(1, 4, 8, 8, generator=generator)
+    x = (z + 0.2 * torch.randn(3, 4, 8, 8, generator=generator)).to(dtype)
+    delta = repellency(x, z, 7.0, overlap=overlap)
+    assert delta.dtype == dtype
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-5)
+    assert distances(x.double() + delta.double(), z).flatten().tolist() == pytest.approx([7.0] * 3, rel=tolerance)
+
+
+@pytest.mark.parametrize("overlap", ["sum", "project"])
+@pytest.mark.parametrize("distance", [0.0, 1e-30, 1e-9, 1e-3, 0.999])
+def test_finite_push_of_length_r_minus_d_at_any_distance(distance, overlap):
+    z = torch.zeros(1, 50)
+    x = torch.zeros(1, 50)
+    x[0, 7] = distance
+    delta = repellency(x, z, 1.0, overlap=overlap, noise=torch.ones(1, 50))
+    assert delta.norm().item() == pytest.approx(1 - distance, abs=1e-6)
+    assert distances(x + delta, z).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_at_distance_zero_the_push_follows_the_noise():
+    z, noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(2)), torch.zeros(1, 4, 4, 4)
+    noise[0, 1, 2, 3] = -5.0
+    delta = repellency(z, z, 2.0, noise=noise)
+    torch.testing.assert_close(delta, 2.0 * noise / 5.0)
+    assert torch.equal(repellency(z, z, 2.0), repellency(z, z, 2.0))
+
+
+@pytest.mark.parametrize("overlap", ["sum", "project"])
+@pytest.mark.parametrize("distance", [1.0, 1.001, 5.0, 1e6])
+def test_exactly_zero_outside(distance, overlap):
+    x = torch.zeros(2, 30)
+    x[0, 0] = distance
+    x[1, 1] = distance
+    assert repellency(x, torch.zeros(1, 30), 1.0, overlap=overlap).count_nonzero() == 0
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["sum", "project"]))
+@settings(max_examples=30, deadline=None)
+def test_orthogonal_invariance_and_permutation(seed, overlap):
+    generator = torch.Generator().manual_seed(seed)
+    x, z = torch.randn(4, 24, generator=generator), torch.randn(6, 24, generator=generator)
+    rotation, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
+    delta = repellency(x, z, 6.5, overlap=overlap)
+    torch.testing.assert_close(
+        repellency(x @ rotation, z @ rotation, 6.5, overlap=overlap), delta @ rotation, rtol=1e-3, atol=1e-3
+    )
+    order = torch.randperm(4, generator=generator)
+    torch.testing.assert_close(
+        repellency(x[order], z.flip(0), 6.5, overlap=overlap), delta[order], rtol=1e-3, atol=1e-3
+    )
+
+
+# The projection -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_projection_is_the_smallest_move(seed):
+    """No local search from many starts finds a shorter way out."""
+    generator = torch.Generator().manual_seed(seed)
+    count = 2 + seed % 3
+    z = 0.8 * torch.randn(count, 6, generator=generator)
+    x = 0.3 * torch.randn(1, 6, generator=generator)
+    radius = 2.5
+    move = repellency(x, z, radius, overlap="project").double()[0]
+    assert distances(x + move, z).min() >= radius * (1 - 1e-5)
+    best = np.inf
+    point, centres = x[0].double().numpy(), z.double().numpy()
+    for _ in range(12):
+        start = torch.randn(6, generator=generator).double().numpy() * radius
+        found = minimize(
+            lambda h: h @ h,
+            start,
+            jac=lambda h: 2 * h,
+            constraints={"type": "ineq", "fun": lambda h: ((point + h - centres) ** 2).sum(axis=1) - radius**2},
+            method="SLSQP",
+        )
+        if found.success and np.linalg.norm(point + found.x - centres, axis=1).min() >= radius * (1 - 1e-5):
+            best = min(best, np.linalg.norm(found.x))
+    if np.isfinite(best):
+        assert move.norm().item() <= best * (1 + 1e-3)
+
+
+def test_opposing_shields_are_left_sideways():
+    """Between two equal shields the normals oppose; the shortest way out is at a right angle, of length √(r² − d²)."""
+    z = torch.zeros(2, 40)
+    z[0, 0], z[1, 0] = 1.0, -1.0
+    x, noise = torch.zeros(1, 40), torch.zeros(1, 40)
+    noise[0, 5] = 1.0
+    assert repellency(x, z, 2.0).norm() == 0  # the paper's sum cancels and leaves the image where it is
+    move = repellency(x, z, 2.0, overlap="project", noise=noise)
+    assert move.norm().item() == pytest.approx(3**0.5, rel=1e-4)
+    assert move[0, 5].item() == pytest.approx(3**0.5, rel=1e-4)
+    assert distances(x + move, z).min().item() >= 2.0 * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 1024])
+@pytest.mark.parametrize("count", [1, 2, 8, 60, 500])
+def test_outside_all_shields_for_random_overlapping_sets(dim, count):
+    generator = torch.Generator().manual_seed(dim + count)
+    z = torch.randn(count, dim, generator=generator)
+    x = 0.5 * torch.randn(4, dim, generator=generator)
+    noise = torch.randn(4, dim, generator=generator)
+    radius = 1.1 * distances(x, z).median().item()
+    moved = x + repellency(x, z, radius, overlap="project", noise=noise)
+    assert distances(moved, z).min().item() >= radius * (1 - 1e-5) or dim < count
+
+
+def test_duplicates_among_the_references_count_once():
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(3, 32, generator=generator)
+    x = z[:1] + 0.1 * torch.randn(1, 32, generator=generator)
+    once = repellency(x, z, 5.0, overlap="project")
+    torch.testing.assert_close(repellency(x, z.repeat(4, 1), 5.0, overlap="project"), once, rtol=1e-3, atol=1e-3)
+
+
+# Pairs --------------------------------------------------------------------------------------------------------------
+
+
+def test_both_sides_of_a_pair_share_the_move():
+    x = torch.zeros(2, 10)
+    x[1, 0] = 1.0
+    move, unresolved = project_pairs(x, torch.full((2, 2), 3.0), torch.ones(2, 2, dtype=torch.bool))
+    torch.testing.assert_close(move[:, 0], torch.tensor([-1.0, 1.0]), rtol=1e-4, atol=1e-4)
+    assert move[:, 1:].abs().max() < 1e-5
+    assert not unresolved.any()
+
+
+@given(st.integers(2, 40), st.integers(0, 1000), st.floats(0.0, 2.0))
+@settings(max_examples=30, deadline=None)
+def test_pairs_are_separated(count, seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    x = 3.0 + spread * torch.randn(count, 200, generator=generator) / 200**0.5
+    together = torch.ones(count, count, dtype=torch.bool)
+    move, unresolved = project_pairs(x, torch.full((count, count), 1.5), together)
+    apart = distances(x + move, x + move) + 9 * torch.eye(count)
+    close = (apart < 1.5 * (1 - 1e-4)).any(dim=1)
+    assert not (close & ~unresolved).any()  # what is not kept is said
+    assert not unresolved.any()
+    assert (move.norm(dim=1) < 4.0).all()
+
+
+def test_equal_rows_are_pushed_apart_antisymmetrically():
+    x = torch.ones(2, 64)
+    radius, together = torch.full((2, 2), 2.0), torch.ones(2, 2, dtype=torch.bool)
+    delta = sum_pairs(x, radius, active_pairs(x, radius, together))
+    torch.testing.assert_close(delta[0], -delta[1])
+    assert delta[0].norm().item() == pytest.approx(2.0, abs=1e-5)
+    move, _ = project_pairs(x, radius, together)
+    torch.testing.assert_close(move[0], -move[1], rtol=1e-3, atol=1e-3)
+    assert (move[0] - move[1]).norm().item() == pytest.approx(2.0, rel=1e-3)
+
+
+def test_groups_do_not_repel_each_other():
+    x = torch.zeros(4, 30)
+    groups = torch.tensor([0, 0, 1, 1])
+    move, _ = project_pairs(x, torch.full((4, 4), 1.0), groups[:, None] == groups[None])
+    assert (move[0] - move[1]).norm() > 0.999
+    assert (move[2] - move[3]).norm() > 0.999
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, -1.0, 1.0])])
+def test_radius_must_be_positive(radius):
+    with pytest.raises(ValueError, match="positive"):
+        repellency(torch.zeros(1, 4), torch.ones(3, 4), radius)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="same"):
+        repellency(torch.zeros(1, 4), torch.ones(3, 5), 1.0)
+    with pytest.raises(ValueError, match="one per reference"):
+        repellency(torch.zeros(1, 4), torch.ones(3, 4), torch.ones(2))
+    with pytest.raises(ValueError, match="NaN"):
+        repellency(torch.full((1, 4), float("nan")), torch.ones(3, 4), 1.0)
+    with pytest.raises(ValueError, match="overlap"):
+        repellency(torch.zeros(1, 4), torch.ones(3, 4), 1.0, overlap="both")
