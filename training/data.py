@@ -15,7 +15,8 @@ from torch import Tensor
 
 STYLES = ("noto", "3d", "color", "flat")
 # What the text-to-image model learns. Left out: "People & Body", mostly one figure in small variations, and "Symbols",
-# mostly lettering; of the larger groups only what one word names, elsewhere at most two. A model of this size then learns each picture well.
+# mostly lettering. Of the larger groups only what one word names, elsewhere at most two: a model of this size then
+# learns each picture well.
 GROUPS = ("Animals & Nature", "Food & Drink", "Activities")
 ONE_WORD_GROUPS = ("Objects", "Travel & Places", "Smileys & Emotion")
 LEFT_OUT = ("moon", "face", "globe", "cloud", "medal", "japan")

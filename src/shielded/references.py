@@ -26,7 +26,7 @@ class Hits:
     def __len__(self) -> int:
         return len(self.query)
 
-    def __getitem__(self, keep: Tensor) -> Hits:
+    def __getitem__(self, keep: Tensor | slice) -> Hits:
         return Hits(self.query[keep], self.row[keep], self.distance[keep], self.radius[keep])
 
 
@@ -75,10 +75,8 @@ class SetReferences:
 
     def active(self, x0: Tensor, shrink: Tensor | None = None) -> Hits:
         radius = self._radius
-        if shrink is not None:  # the smallest of the images' shrinkages bounds the search, each one's own decides
-            radius = (radius.square() - shrink.min().double().cpu()).clamp(min=0).sqrt()
-            if not radius.any():
-                return _no_hits(x0.device)
+        if shrink is not None:
+            radius = (radius.square() - shrink.double().cpu()[:, None]).clamp(min=0).sqrt()
         found = self._protected.within(x0.view(len(x0), *self._protected.space.shape), radius)
         own = self._radius.to(x0.device)[found.row]
         if shrink is not None:
@@ -126,17 +124,35 @@ class Joined:
         return joined[torch.argsort(query, stable=True)]
 
 
+def rank_within_query(hits: Hits) -> Tensor:
+    """0, 1, 2, ... for the hits of each image."""
+    return torch.arange(len(hits), device=hits.query.device) - torch.searchsorted(hits.query, hits.query)
+
+
 def closest(hits: Hits, k: int) -> Hits:
     """The k nearest hits of each image."""
-    order = torch.argsort(hits.distance, stable=True)
-    order = order[torch.argsort(hits.query[order], stable=True)]
-    rank = torch.arange(len(hits), device=hits.query.device) - torch.searchsorted(hits.query, hits.query)
-    return hits[order[rank < k]]
+    return _first(hits, hits.distance, k)
 
 
-def _no_hits(device: torch.device) -> Hits:
-    index, value = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.float64, device=device)
-    return Hits(index, index, value, value)
+def deepest(hits: Hits, k: int) -> Hits:
+    """The k hits of each image that are farthest inside their shields."""
+    return _first(hits, hits.distance - hits.radius, k)
+
+
+def _first(hits: Hits, key: Tensor, k: int) -> Hits:
+    order = torch.argsort(key, stable=True)
+    ordered = hits[order[torch.argsort(hits.query[order], stable=True)]]
+    return ordered[rank_within_query(ordered) < k]
+
+
+def merge(old: Hits, new: Hits) -> Hits:
+    """Both together, without the new ones that are among the old, in order of the images."""
+    if len(old):
+        stride = int(max(old.row.max(), new.row.max())) + 1
+        new = new[~torch.isin(new.query * stride + new.row, old.query * stride + old.row)]
+    names = ("query", "row", "distance", "radius")
+    both = Hits(*(torch.cat([getattr(old, name), getattr(new, name)]) for name in names))
+    return both[torch.argsort(both.query, stable=True)]
 
 
 def pair_distances(x: Tensor, z: Tensor, query: Tensor, row: Tensor) -> Tensor:

@@ -9,13 +9,24 @@ and its overlap-safe form, the smallest move that leaves every shield (`shielded
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shielded.projection import escape_length, separate, smallest_move
-from shielded.references import CHUNK, Hits, References, TensorReferences, pair_distances
+from shielded.references import (
+    CHUNK,
+    Hits,
+    References,
+    TensorReferences,
+    deepest,
+    merge,
+    pair_distances,
+    rank_within_query,
+)
 
 Overlap = Literal["sum", "project"]
 
@@ -31,22 +42,56 @@ def tie_break(shape: tuple[int, int], device: torch.device) -> Tensor:
     return (directions / directions.norm(dim=1, keepdim=True)).to(device)
 
 
-def away(x: Tensor, z: Tensor, distance: Tensor, radius: Tensor, noise: Tensor) -> Tensor:
-    """Unit vectors (A, D) from references z (A, D) to one image x (D,); along `noise` where the two coincide."""
-    offset = x - z
-    length = distance.to(offset.dtype)
-    coincident = distance <= _COINCIDENT * radius
-    unit = offset / torch.where(coincident, 1, length)[:, None]
-    return torch.where(coincident[:, None], noise / noise.norm(), unit)
+@dataclass
+class Shields:
+    """The active shields of n images, padded to the same number A."""
+
+    query: Tensor  # (n,) rows of x0
+    unit: Tensor  # (n, A, D) from the references to x0; along the noise where the two coincide
+    distance: Tensor  # (n, A) float64
+    radius: Tensor  # (n, A) float64
+    valid: Tensor  # (n, A) bool, False marks padding
+
+
+def gather(x0: Tensor, references: References, hits: Hits, noise: Tensor) -> Iterator[Shields]:
+    """Shields of the images with hits, images with similar numbers of them together, a bounded piece at a time."""
+    queries, counts = hits.query.unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    counts, order = counts.sort(stable=True)
+    first = 0
+    sizes = counts.tolist()
+    while first < len(sizes):
+        last = first + 1
+        while last < len(sizes) and sizes[last] * (last + 1 - first) * x0.shape[1] <= CHUNK:
+            if sizes[last] > 1 and sizes[first] == 1:  # one shield has a closed form
+                break
+            last += 1
+        own, size = order[first:last], sizes[last - 1]
+        place = torch.arange(size, device=x0.device)
+        valid = place < counts[first:last, None]
+        index = torch.where(valid, starts[own, None] + place, starts[own, None])
+        query = queries[own]
+        offset = x0[query, None] - references.vectors(hits.row[index.flatten()]).view(len(query), size, -1)
+        distance = torch.linalg.vector_norm(offset, dim=2, dtype=torch.float64)
+        radius = hits.radius[index]
+        coincident = distance <= _COINCIDENT * radius
+        unit = offset / torch.where(coincident, 1, distance).to(offset.dtype)[:, :, None]
+        if coincident.any():
+            along = noise[query] / noise[query].norm(dim=1, keepdim=True)
+            unit = torch.where(coincident[:, :, None], along[:, None], unit)
+        yield Shields(query, unit, distance, radius, valid)
+        first = last
 
 
 def sum_correction(x0: Tensor, references: References, hits: Hits, noise: Tensor) -> Tensor:
-    """The paper's Δ (its equation for the repellency term) for the active shields. (B, D)"""
+    """The paper's Δ for the active shields. (B, D)"""
     delta = torch.zeros_like(x0)
-    for i, own in _by_query(hits):
-        for part in _pieces(own, x0.shape[1]):
-            unit = away(x0[i], references.vectors(part.row), part.distance, part.radius, noise[i])
-            delta[i] += (part.radius - part.distance).to(unit.dtype) @ unit
+    piece = max(1, CHUNK // x0.shape[1])
+    block = rank_within_query(hits) // piece
+    for n in range(int(block.max()) + 1 if len(hits) else 0):
+        for shields in gather(x0, references, hits[block == n], noise):
+            weight = torch.where(shields.valid, shields.radius - shields.distance, 0).to(x0.dtype)
+            delta[shields.query] += torch.bmm(weight[:, None], shields.unit)[:, 0]
     return delta
 
 
@@ -62,72 +107,53 @@ def project_correction(
         the move (B, D), and (B,) bool: rows that still are inside a shield after the last round.
     """
     delta = torch.zeros_like(x0)
-    chosen: dict[int, Hits] = {}
-    pending = {i: own for i, own in _by_query(hits)}
+    chosen, found = hits[:0], hits
     for _ in range(_ROUNDS):
-        if not pending:
+        if not len(found):
             break
-        for i, own in pending.items():
-            depth = own.radius - own.distance
-            new = own[depth.topk(min(_DEEPEST, len(own))).indices.sort().values]
-            chosen[i] = _merge(chosen[i], new) if i in chosen else new
-        rows = list(pending)
-        _solve(x0, references, {i: chosen[i] for i in rows}, noise, delta)
-        index = torch.tensor(rows, device=x0.device)
-        found = references.active(x0[index] + delta[index], None if shrink is None else shrink[index])
+        chosen = merge(chosen, deepest(found, _DEEPEST))
+        rows = found.query.unique()
+        for shields in gather(x0, references, chosen[torch.isin(chosen.query, rows)], noise):
+            delta[shields.query] = _leave(shields, noise)
+        found = references.active(x0[rows] + delta[rows], None if shrink is None else shrink[rows])
         # The solution touches its shields; rounding of x0 + h may leave it a hair inside, which is not entering.
-        hair = 2e-6 * found.radius + 2e-7 * x0[index].norm(dim=1).double()[found.query]
+        hair = 2e-6 * found.radius + 2e-7 * x0[rows].norm(dim=1).double()[found.query]
         found = found[found.distance < found.radius - hair]
-        pending = {rows[j]: own for j, own in _by_query(found)}
+        found.query = rows[found.query]
     inside = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
-    inside[list(pending)] = True
+    inside[found.query] = True
     return delta, inside
 
 
-def _solve(x0: Tensor, references: References, chosen: dict[int, Hits], noise: Tensor, delta: Tensor) -> None:
-    """Write the smallest move out of the chosen shields into delta's rows."""
-    single = [i for i, own in chosen.items() if len(own) == 1]
-    several = [i for i, own in chosen.items() if len(own) > 1]
-    for i in single:  # the formula itself, exact: a projection onto the shell
-        own = chosen[i]
-        distance = _distance_now(x0[i], references, own)
-        unit = away(x0[i], references.vectors(own.row), distance, own.radius, noise[i])
-        delta[i] = (own.radius - distance).to(unit.dtype).clamp(min=0) @ unit
-    if not several:
-        return
-    size = max(len(chosen[i]) for i in several)
-    kind = {"dtype": torch.float64, "device": x0.device}
-    gram, valid = torch.zeros(len(several), size, size, **kind), torch.zeros(len(several), size, **kind).bool()
-    distance, radius = torch.ones(len(several), size, **kind), torch.ones(len(several), size, **kind)
-    for n, i in enumerate(several):
-        own, count = chosen[i], len(chosen[i])
-        d = _distance_now(x0[i], references, own)
-        unit = away(x0[i], references.vectors(own.row), d, own.radius, noise[i])
-        for part in unit.split(max(1, CHUNK // (2 * count)), dim=1):
-            gram[n, :count, :count] += part.double() @ part.double().T
-        distance[n, :count] = torch.maximum(d, _COINCIDENT * own.radius)
-        radius[n, :count] = own.radius * (1 + 1e-6)
-        valid[n, :count] = True
+def _leave(shields: Shields, noise: Tensor) -> Tensor:
+    """The smallest moves (n, D) out of the given shields."""
+    unit, valid = shields.unit, shields.valid
+    if unit.shape[1] == 1:  # the formula itself: a projection onto the shell
+        return (shields.radius - shields.distance).clamp(min=0).to(unit.dtype) * unit[:, 0]
+    distance = torch.maximum(shields.distance, _COINCIDENT * shields.radius)
+    radius = shields.radius * (1 + 1e-6)
+    gram = torch.zeros(*valid.shape, valid.shape[1], dtype=torch.float64, device=unit.device)
+    for part in unit.split(max(1, CHUNK // (2 * valid.numel())), dim=2):
+        gram += part.double() @ part.double().transpose(1, 2)
+    gram *= valid[:, :, None] & valid[:, None, :]
     multipliers = smallest_move(gram, distance, radius, valid)
+    move = torch.bmm(multipliers[:, None].to(unit.dtype), unit)[:, 0]
     along = (gram @ multipliers.unsqueeze(-1)).squeeze(-1)
     energy = (multipliers * along).sum(dim=1, keepdim=True)
     deficit = radius.square() - (distance.square() + 2 * distance * along + energy)
     # In few dimensions the half-spaces may meet far away; walking straight out takes at most two radii.
     far = energy.squeeze(1) > (2 * radius.amax(dim=1)).square()
-    stuck = (far | (valid & (deficit > 1e-9 * radius.square())).any(dim=1)).tolist()
-    for n, i in enumerate(several):
-        own, count = chosen[i], len(chosen[i])
-        unit = away(x0[i], references.vectors(own.row), distance[n, :count], own.radius, noise[i])
-        move = multipliers[n, :count].to(unit.dtype) @ unit
-        if stuck[n]:
-            own_gram, depth = gram[n, :count, :count], radius[n, :count].square() - distance[n, :count].square()
-            around = move + _way_out(unit, own_gram, distance[n, :count], deficit[n, :count], move, noise[i])
-            straight = _way_out(unit, own_gram, distance[n, :count], depth, torch.zeros_like(move), noise[i])
-            move = around if around.norm() <= straight.norm() else straight
-        delta[i] = move
+    stuck = far | (valid & (deficit > 1e-9 * radius.square())).any(dim=1)
+    for n in stuck.nonzero().flatten().tolist():
+        own = valid[n]
+        geometry = unit[n, own], gram[n][own][:, own], distance[n, own], noise[shields.query[n]]
+        around = move[n] + _way_out(*geometry, deficit[n, own], move[n])
+        straight = _way_out(*geometry, (radius.square() - distance.square())[n, own], torch.zeros_like(move[n]))
+        move[n] = around if around.norm() <= straight.norm() else straight
+    return move
 
 
-def _way_out(unit: Tensor, gram: Tensor, distance: Tensor, deficit: Tensor, move: Tensor, noise: Tensor) -> Tensor:
+def _way_out(unit: Tensor, gram: Tensor, distance: Tensor, noise: Tensor, deficit: Tensor, move: Tensor) -> Tensor:
     """A step at a right angle to all normals, along what is left of the predicted noise, until all shields are left."""
     ridge = 1e-9 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     share = torch.linalg.solve(gram + ridge, (unit @ noise).double())
@@ -137,36 +163,6 @@ def _way_out(unit: Tensor, gram: Tensor, distance: Tensor, deficit: Tensor, move
     direction = direction / direction.norm()
     along = distance * (unit @ direction).double() + (move @ direction).double()
     return escape_length(along, deficit).to(unit.dtype) * direction
-
-
-def _distance_now(x: Tensor, references: References, own: Hits) -> Tensor:
-    """Distances from x0 itself: a hit found in a later round was measured from x0 + h."""
-    zero = torch.zeros(len(own), dtype=torch.int64, device=x.device)
-    return pair_distances(x[None], references.vectors(own.row), zero, torch.arange(len(own), device=x.device))
-
-
-def _merge(old: Hits, new: Hits) -> Hits:
-    fresh = new[~torch.isin(new.row, old.row)]
-    return Hits(
-        *(torch.cat([getattr(old, name), getattr(fresh, name)]) for name in ("query", "row", "distance", "radius"))
-    )
-
-
-def _by_query(hits: Hits) -> list[tuple[int, Hits]]:
-    if not len(hits):
-        return []
-    queries, counts = hits.query.unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    starts = [0, *ends[:-1]]
-    return [
-        (q, hits[torch.arange(a, b, device=hits.query.device)])
-        for q, a, b in zip(queries.tolist(), starts, ends, strict=True)
-    ]
-
-
-def _pieces(own: Hits, dim: int) -> list[Hits]:
-    index = torch.arange(len(own), device=own.row.device)
-    return [own[part] for part in index.split(max(1, CHUNK // dim))]
 
 
 # The other images of the batch --------------------------------------------------------------------------------------
@@ -187,12 +183,14 @@ def sum_pairs(x0: Tensor, radius: Tensor, close: Tensor) -> Tensor:
     # Two equal rows have equal noise too; a difference of fixed vectors is opposite for the two.
     fixed = tie_break(tuple(x0.shape), x0.device)
     delta = torch.zeros_like(x0)
-    for i, own in _by_query(hits):
-        offset = x0[i] - x0[own.row]
-        coincident = (own.distance <= _COINCIDENT * own.radius)[:, None]
-        offset = torch.where(coincident, fixed[i] - fixed[own.row], offset)
-        length = torch.where(coincident[:, 0], offset.norm(dim=1).double(), own.distance)
-        delta[i] = ((own.radius - own.distance) / length).to(offset.dtype) @ offset
+    piece = max(1, CHUNK // x0.shape[1])
+    for part in (hits[index] for index in torch.arange(len(hits), device=x0.device).split(piece)):
+        offset = x0[part.query] - x0[part.row]
+        coincident = part.distance <= _COINCIDENT * part.radius
+        offset = torch.where(coincident[:, None], fixed[part.query] - fixed[part.row], offset)
+        length = torch.where(coincident, offset.norm(dim=1).double(), part.distance)
+        weight = ((part.radius - part.distance) / length).to(offset.dtype)
+        delta.index_add_(0, part.query, weight[:, None] * offset)
     return delta
 
 
@@ -203,6 +201,8 @@ def project_pairs(x0: Tensor, radius: Tensor, together: Tensor) -> tuple[Tensor,
         the move (B, D), and (B,) bool: rows that still are too close to another.
     """
     close = active_pairs(x0, radius, together)
+    if not close.any():
+        return torch.zeros_like(x0), close.any(dim=1)
     start = x0.double()
     near = active_pairs(x0, _COINCIDENT * radius, together).any(dim=1)
     if near.any():

@@ -242,7 +242,8 @@ class Spell:
         """
         from shielded.samplers import attach
 
-        if isinstance(self.protected, ProtectedSet) and getattr(pipe, "vae", None) is not None:
+        # A set by shape alone can be compared by shape only, which the first step does.
+        if isinstance(self.protected, ProtectedSet) and self.protected.space.vae_sha256 is not None:
             self.protected.space.require_same_encoder(LatentSpace.of(pipe))
         self.trace = []
         self._run = 0

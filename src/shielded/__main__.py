@@ -1,0 +1,3 @@
+from shielded.cli import main
+
+main()

@@ -1,0 +1,254 @@
+"""Quality and diversity of a set of images, as functions of their features.
+
+Features are (n, d) tensors from any encoder; every row is one image. All computation is in float64. The distances are
+Euclidean and nothing is normalised unless stated: precision, recall, density, coverage and the Fréchet distance take
+the features as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_ROWS = 1024  # rows of a distance matrix held at once
+_ZERO = 1e-12  # eigenvalues below this share of the sum are rounding noise
+
+
+def _checked(features: Tensor, name: str, at_least: int = 1) -> Tensor:
+    if features.ndim != 2:
+        raise ValueError(f"{name} must have shape (n, d), got {tuple(features.shape)}: flatten each image to one row.")
+    if len(features) < at_least:
+        raise ValueError(f"{name} has {len(features)} rows, at least {at_least} are needed: pass more images.")
+    if not features.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite values: check the images and the encoder's precision.")
+    return features.detach().double()
+
+
+def _checked_pair(generated: Tensor, reference: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor]:
+    generated, reference = _checked(generated, "generated", at_least), _checked(reference, "reference", at_least)
+    if generated.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"generated has {generated.shape[1]} features per row and reference {reference.shape[1]}: "
+            "compute both with the same encoder."
+        )
+    return generated, reference
+
+
+def _normalised(features: Tensor) -> Tensor:
+    norm = features.norm(dim=1, keepdim=True)
+    if (norm == 0).any():
+        raise ValueError("a row of the features is zero, so its cosine similarity is undefined: leave it out.")
+    return features / norm
+
+
+def vendi(features: Tensor, q: float = 1.0) -> float:
+    """Vendi score: the effective number of different rows, from 1 (all alike) to n (all orthogonal).
+
+    The exponential of the Rényi entropy of order q of the eigenvalues of K/n, with K the cosine similarities.
+    Friedman and Dieng 2023, "The Vendi Score" (q = 1); Pasarkar and Dieng 2024, "Cousins of the Vendi Score".
+
+    Args:
+        features: (n, d), n ≥ 1.
+        q: order, 0 ≤ q ≤ inf. Small orders are sensitive to rare rows, large ones only to the most common.
+
+    Raises:
+        ValueError: no rows, not finite, a row of zeros, or q < 0.
+    """
+    if not q >= 0:
+        raise ValueError(f"q must be at least 0, got {q}.")
+    rows = _normalised(_checked(features, "features"))
+    n, d = rows.shape
+    gram = rows @ rows.T if n <= d else rows.T @ rows  # the same eigenvalues but for zeros
+    share = torch.linalg.eigvalsh(gram / n)
+    share = share[share > _ZERO]
+    if q == 1:
+        entropy = -(share * share.log()).sum()
+    elif math.isinf(q):
+        entropy = -share.max().log()
+    else:
+        entropy = torch.logsumexp(q * share.log(), 0) / (1 - q)
+    return entropy.exp().item()
+
+
+def mean_pairwise_similarity(features: Tensor) -> float:
+    """Mean cosine similarity of all pairs of different rows: 1 where all are alike; lower is more diverse.
+
+    Args:
+        features: (n, d), n ≥ 2.
+
+    Raises:
+        ValueError: fewer than two rows, not finite, or a row of zeros.
+    """
+    rows = _normalised(_checked(features, "features", at_least=2))
+    n = len(rows)
+    return ((rows.sum(dim=0).square().sum() - n) / (n * (n - 1))).item()
+
+
+def _distance_blocks(points: Tensor, others: Tensor) -> Iterator[Tensor]:
+    """Distances (rows of points, others), without the matmul trick: copies must be at distance exactly 0."""
+    for rows in points.split(_ROWS):
+        yield torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _neighbour_radius(points: Tensor, k: int) -> Tensor:
+    """Distance (n,) from each row to its k-th nearest other row."""
+    return torch.cat([block.kthvalue(k + 1, dim=1).values for block in _distance_blocks(points, points)])
+
+
+def _checked_neighbours(generated: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    return _checked_pair(generated, reference, at_least=k + 1)
+
+
+def precision_recall(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
+    """Improved precision and recall: shares of one set inside the k-nearest-neighbour balls of the other.
+
+    Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", Equations 1-2.
+
+    Args:
+        generated: (n, d), n > k.
+        reference: (m, d), m > k.
+        k: which neighbour sets the radius of a ball.
+
+    Returns:
+        precision (generated rows that look like the reference) and recall (reference rows that are reached).
+
+    Raises:
+        ValueError: too few rows, different d, not finite, or k < 1.
+    """
+    generated, reference = _checked_neighbours(generated, reference, k)
+
+    def inside(points: Tensor, centres: Tensor) -> float:
+        radius = _neighbour_radius(centres, k)
+        hits = [(block <= radius).any(dim=1) for block in _distance_blocks(points, centres)]
+        return torch.cat(hits).double().mean().item()
+
+    return inside(generated, reference), inside(reference, generated)
+
+
+def density_coverage(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
+    """Density and coverage: both count generated rows in the k-nearest-neighbour balls of the reference.
+
+    Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models"; a point on the
+    surface of a ball counts as inside.
+
+    Args:
+        generated: (n, d), n > k.
+        reference: (m, d), m > k.
+        k: which neighbour sets the radius of a ball.
+
+    Returns:
+        density (mean number of balls around a generated row over k; may pass 1) and coverage (share of the balls
+        that hold a generated row).
+
+    Raises:
+        ValueError: too few rows, different d, not finite, or k < 1.
+    """
+    generated, reference = _checked_neighbours(generated, reference, k)
+    radius = _neighbour_radius(reference, k)
+    hits = sum(int((block <= radius).sum()) for block in _distance_blocks(generated, reference))
+    coverage = (nearest_distance(reference, generated) <= radius).double().mean().item()
+    return hits / (k * len(generated)), coverage
+
+
+def frechet_distance(generated: Tensor, reference: Tensor) -> float:
+    """Squared Fréchet distance ‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½) of Gaussians fitted to the rows; FID's formula.
+
+    Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
+    Equation 6. It is FID only on the features of that paper's Inception network. Biased upwards for small n.
+
+    Args:
+        generated: (n, d), n ≥ 2.
+        reference: (m, d), m ≥ 2.
+
+    Raises:
+        ValueError: too few rows, different d, or not finite.
+    """
+    generated, reference = _checked_pair(generated, reference, at_least=2)
+
+    def fit(features: Tensor) -> tuple[Tensor, Tensor]:
+        mean = features.mean(dim=0)
+        return mean, torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r").R
+
+    (mean_1, root_1), (mean_2, root_2) = fit(generated), fit(reference)
+    # C = RᵀR, so tr (C₁C₂)^½ is the sum of the singular values of R₁R₂ᵀ: no matrix square root, no complex rounding.
+    shared = torch.linalg.svdvals(root_1 @ root_2.T).sum()
+    return ((mean_1 - mean_2).square().sum() + root_1.square().sum() + root_2.square().sum() - 2 * shared).item()
+
+
+def caption_score(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Cosine similarity of each image to its prompt; the CLIP score without its factor and clipping.
+
+    Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning".
+
+    Args:
+        image_features: (n, d).
+        text_features: (n, d), or (1, d) for one prompt of all images.
+
+    Returns:
+        (n,) float64 in [-1, 1].
+
+    Raises:
+        ValueError: no rows, other shapes, not finite, or a row of zeros.
+    """
+    images, texts = _checked(image_features, "image_features"), _checked(text_features, "text_features")
+    if images.shape[1] != texts.shape[1] or len(texts) not in (1, len(images)):
+        raise ValueError(
+            f"image_features {tuple(images.shape)} and text_features {tuple(texts.shape)} do not match: "
+            "pass one text row per image, or a single one, from the same encoder."
+        )
+    return (_normalised(images) * _normalised(texts)).sum(dim=1)
+
+
+def nearest_distance(generated: Tensor, reference: Tensor) -> Tensor:
+    """Distance from each generated row to the nearest reference row; 0 for an exact copy.
+
+    Args:
+        generated: (n, d).
+        reference: (m, d).
+
+    Returns:
+        (n,) float64.
+
+    Raises:
+        ValueError: no rows, different d, or not finite.
+    """
+    generated, reference = _checked_pair(generated, reference)
+    return torch.cat([block.amin(dim=1) for block in _distance_blocks(generated, reference)])
+
+
+def bootstrap_interval(
+    values: Tensor, level: float = 0.95, generator: torch.Generator | None = None, resamples: int = 2000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean.
+
+    Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+
+    Args:
+        values: (n,) one value per image, prompt or seed, n ≥ 2; they are taken as independent.
+        level: share of the bootstrap means inside the interval, between 0 and 1.
+        generator: draws the resamples (on the CPU); None starts from seed 0, so that a report repeats.
+        resamples: number of bootstrap means.
+
+    Returns:
+        lower and upper end.
+
+    Raises:
+        ValueError: fewer than two values, not a vector, not finite, or a level outside (0, 1).
+    """
+    if values.ndim != 1:
+        raise ValueError(f"values must have shape (n,), got {tuple(values.shape)}.")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}.")
+    values = _checked(values[:, None], "values", at_least=2)[:, 0].cpu()
+    generator = generator or torch.Generator().manual_seed(0)
+    means = torch.stack([
+        values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)
+    ])  # fmt: skip
+    tail = (1 - level) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
+    return low, high

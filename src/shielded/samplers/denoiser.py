@@ -1,0 +1,101 @@
+"""Denoisers D(x; sigma) -> x0, as k-diffusion and EDM2 sample with: wrap one, sample as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Wrapper:
+    """Forwards what it does not know (sigma_min, round_sigma, img_channels) to the denoiser that it wraps."""
+
+    denoiser: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "denoiser" or name.startswith("__"):  # copy and pickle ask before __init__ has run
+            raise AttributeError(name)
+        return getattr(self.denoiser, name)
+
+
+class RepelledDenoiser(_Wrapper):
+    """A denoiser whose x0 is pushed out of the shields.
+
+    Works wherever a denoiser with x = x0 + sigma · noise is called (Karras et al., EDM, 2022): `k_diffusion.sampling`,
+    EDM2's `edm_sampler`. Every evaluation is corrected, so higher-order samplers need nothing else. Guidance must be
+    inside the denoiser; see `Guided`. Samplers with adaptive step size see a field with kinks: prefer fixed steps.
+
+    A denoiser cannot tell where a trajectory begins and ends. Call `spell.start()` before and `spell.finish(samples)`
+    after sampling where the trace is to count runs or the history is to remember the samples.
+
+    Args:
+        denoiser: called as denoiser(x, sigma, *args, **kwargs), gives x0 (B, *S).
+        spell: called as spell(x0, noise=, alpha=, sigma=) with float32 tensors (B, *S), gives the correction; a Spell.
+    """
+
+    def __init__(self, denoiser: Callable[..., Tensor], spell: Callable[..., Tensor]) -> None:
+        self.denoiser = denoiser
+        self.spell = spell
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+        """The corrected x0.
+
+        Args:
+            x: (B, *S) noisy samples.
+            sigma: noise level, a number or a tensor of one element or (B,), the same for all rows.
+            *args: passed on to the denoiser.
+            **kwargs: passed on to the denoiser.
+
+        Returns:
+            x0 (B, *S) in the denoiser's dtype; rows without a correction are the denoiser's own, bit for bit.
+
+        Raises:
+            ValueError: the rows have different noise levels, or x0 is not finite.
+        """
+        level = _level(sigma)
+        x0 = self.denoiser(x, sigma, *args, **kwargs)
+        seen = x0.float()
+        if not torch.isfinite(seen).all():
+            raise ValueError(f"x0 is not finite at sigma {level:g}; the denoiser overflowed; try float32 or bfloat16.")
+        noise = (x.float() - seen) / level if level > 0 else torch.zeros_like(seen)
+        delta = self.spell(seen, noise=noise, alpha=1.0, sigma=level)
+        moved = (delta != 0).flatten(1).any(1)
+        if not moved.any():
+            return x0
+        return torch.where(moved.view(-1, *[1] * (x0.ndim - 1)), (x0 + delta).to(x0.dtype), x0)
+
+
+class Guided(_Wrapper):
+    """EDM2's guidance as a denoiser: gnet(x) + guidance · (net(x) − gnet(x)).
+
+    EDM2 guides inside its sampler, where wrapping `net` alone would multiply the correction by the guidance weight and
+    measure the unguided x0. Use `edm_sampler(RepelledDenoiser(Guided(net, gnet, guidance), spell), noise, guidance=1)`.
+
+    Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself", 2024, Equation 3.
+
+    Args:
+        net: the denoiser.
+        gnet: the denoiser that guides: unconditional, or a weaker version of net. Called with the same arguments.
+        guidance: weight; 1 is net alone, and gnet is not called.
+    """
+
+    def __init__(self, net: Callable[..., Tensor], gnet: Callable[..., Tensor], guidance: float) -> None:
+        self.denoiser = net
+        self.gnet = gnet
+        self.guidance = guidance
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+        """The guided x0 (B, *S) in the dtype of net."""
+        x0 = self.denoiser(x, sigma, *args, **kwargs)
+        if self.guidance == 1:
+            return x0
+        return self.gnet(x, sigma, *args, **kwargs).to(x0.dtype).lerp(x0, self.guidance)
+
+
+def _level(sigma: Tensor | float) -> float:
+    values = torch.as_tensor(sigma).flatten()
+    if (values != values[0]).any():
+        raise ValueError("sigma must be the same for all rows of the batch; sample rows of other noise levels apart.")
+    return float(values[0])
