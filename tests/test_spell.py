@@ -96,13 +96,15 @@ def test_memorised_points_are_left_to_exactly_the_radius(points, sampler, overla
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_overlapping_shells_are_kept_where_the_sum_leaks(points, sampler):
-    """1,000 samples; shields so large that neighbours overlap."""
-    radius = 1.3 * torch.pdist(points).min().item()
+def test_overlapping_shells_are_kept_where_the_sum_leaks(sampler):
+    """1,000 samples. The points lie close together in a plane of few dimensions, as pictures do, so normals oppose."""
+    points = 3 * torch.randn(16, 4, generator=torch.Generator().manual_seed(0)) @ torch.eye(4, 64)
+    radius = 1.5 * torch.pdist(points).min().item()
+    noise = 40 * torch.randn(1000, 64, generator=torch.Generator().manual_seed(1))
 
     def leaks(overlap):
         spell = Spell(points, radius, overcompensation=1.0, batch=False, overlap=overlap)
-        samples = sampler(RepelledDenoiser(memorising(points), spell), start(1000))
+        samples = sampler(RepelledDenoiser(memorising(points), spell), noise)
         return int((nearest(samples, points) < radius * (1 - 1e-4)).sum())
 
     assert leaks("project") == 0
@@ -216,8 +218,8 @@ def test_trace_says_what_fired(tmp_path):
     spell(x0, noise=torch.full((2, 8), 8**-0.5), alpha=1.0, sigma=2.0)
     near, far = spell.trace
     assert (near["active"], far["active"]) == (2, 0)
-    assert near["push"] == pytest.approx(0.5)
-    assert near["score_ratio"] == pytest.approx(0.25)  # (α/σ) 0.5 / ‖ε‖
+    assert near["push"] == pytest.approx(0.5, rel=1e-4)
+    assert near["score_ratio"] == pytest.approx(0.25, rel=1e-4)  # (α/σ) 0.5 / ‖ε‖
     assert near["nearest_distance"] == pytest.approx(0.5)
     assert near["noise_level"] == pytest.approx(2 / 3)
     assert far["nearest_id"] is None

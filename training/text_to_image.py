@@ -164,7 +164,7 @@ def main() -> None:
     start, saved, step, running = time.time(), time.time(), 0, 0.0
     order = torch.randperm(len(latents))
     while (progress := (time.time() - start) / 60 / args.minutes) < 1:
-        warm = 1 if args.resume else min(1, (step + 1) / 300)
+        warm = min(1, (step + 1) / (50 if args.resume else 300))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm * min(1, max(0.02, (1 - progress) / 0.6))
         if len(order) < args.batch:

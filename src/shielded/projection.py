@@ -37,59 +37,72 @@ def non_negative_quadratic(gram: Tensor, target: Tensor, passive: Tensor, valid:
     """
     n, size = target.shape
     passive = passive & valid
+    result = torch.zeros_like(target)
     fewest = torch.full((n,), size + 1, device=target.device)
     patience = torch.full((n,), 3, device=target.device)
-    tolerance = 1e-10 * target.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)
     order = torch.arange(size, device=target.device)
+    left = torch.arange(n, device=target.device)  # rows that are not solved yet
     for _ in range(_EXCHANGE_ROUNDS):
-        system = gram * (passive[:, :, None] & passive[:, None, :])
-        system = system + torch.diag_embed(torch.where(passive, _RIDGE, 1.0).to(gram.dtype))
-        multipliers = torch.linalg.solve(system, (target * passive).unsqueeze(-1)).squeeze(-1) * passive
-        slack = (gram @ multipliers.unsqueeze(-1)).squeeze(-1) - target
-        wrong = valid & torch.where(passive, multipliers < 0, slack < -tolerance)
+        free = passive[left]
+        system = gram[left] * (free[:, :, None] & free[:, None, :])
+        system = system + torch.diag_embed(torch.where(free, _RIDGE, 1.0).to(gram.dtype))
+        multipliers = torch.linalg.solve(system, (target[left] * free).unsqueeze(-1)).squeeze(-1) * free
+        result[left] = multipliers
+        slack = (gram[left] @ multipliers.unsqueeze(-1)).squeeze(-1) - target[left]
+        # What rounding alone can make of the sum, entry by entry: a near coincidence has a target of another magnitude.
+        rounding = 1e-10 * target[left].abs() + 1e-14 * multipliers.abs().sum(dim=1, keepdim=True)
+        wrong = valid[left] & torch.where(free, multipliers < 0, slack < -rounding)
         count = wrong.sum(dim=1)
-        if not count.any():
+        unsolved = count > 0
+        if not unsolved.any():
             break
         # Exchange all wrong entries at once while that helps, else the last one only, which cannot cycle.
-        better = count < fewest
-        fewest = torch.where(better, count, fewest)
-        patience = torch.where(better, 3, patience - 1)
+        better = count < fewest[left]
+        fewest[left] = torch.where(better, count, fewest[left])
+        patience[left] = torch.where(better, 3, patience[left] - 1)
         last = (wrong * (order + 1)).argmax(dim=1, keepdim=True) == order
-        passive = passive ^ torch.where((patience >= 0).unsqueeze(1), wrong, wrong & last)
-    return multipliers.clamp(min=0), passive
+        passive[left] = free ^ torch.where((patience[left] >= 0).unsqueeze(1), wrong, wrong & last)
+        left = left[unsolved]
+    return result.clamp(min=0), passive
 
 
-def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor) -> Tensor:
+def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor, directed: Tensor) -> Tensor:
     """Multipliers ν with h = Σ_k ν_k u_k, u_k = (x0 − z_k)/d_k, the smallest move out of all shields.
 
     Args:
         gram: (n, A, A) float64, u_k·u_l.
-        distance: (n, A) float64, d_k > 0.
+        distance: (n, A) float64.
         radius: (n, A) float64.
         valid: (n, A) bool, False marks padding.
+        directed: (n, A) bool, valid and d_k > 0. The others only say that ‖h‖ must reach r_k.
 
     Returns:
         (n, A) float64, non-negative. Where the normals oppose each other, Σ ν_k u_k alone does not leave all shields;
         the rest has to be walked at a right angle to them (`escape_length`).
     """
     scale = torch.where(valid, radius, 0).amax(dim=1, keepdim=True)
-    distance = torch.where(valid, distance / scale, 1.0)
-    radius = torch.where(valid, radius / scale, 0.0)
+    deepest = torch.where(valid, (radius - distance) / scale, 0).clamp(min=0).amax(dim=1, keepdim=True)
+    distance = torch.where(directed, distance / scale, 1.0)
+    radius = torch.where(directed, radius / scale, 0.0)
     excess = (radius.square() - distance.square()) / (2 * distance)  # u_k·h ≥ excess − ρ slope
     slope = 1 / (2 * distance)
-    bound = torch.where(valid, radius - distance, 0).clamp(min=0).amax(dim=1, keepdim=True).square()
-    multipliers = torch.zeros_like(distance)
-    passive = valid & (excess > 0)
+    bound = deepest.square()  # leaving the deepest shield alone takes this much
+    result = torch.zeros_like(distance)
+    passive = directed & (excess > 0)
+    left = torch.arange(len(distance), device=distance.device)  # rows whose bound still rises
     for _ in range(_NEWTON_ROUNDS):
-        multipliers, passive = non_negative_quadratic(gram, (excess - bound * slope) * valid, passive, valid)
-        energy = (multipliers * (gram @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(dim=1, keepdim=True)
-        ratio = ((multipliers * excess).sum(dim=1, keepdim=True) - energy / 2) / (
-            0.5 + (multipliers * slope).sum(dim=1, keepdim=True)
-        )
-        if not (ratio > bound * (1 + 1e-12)).any():
+        target = (excess[left] - bound[left] * slope[left]) * directed[left]
+        multipliers, passive[left] = non_negative_quadratic(gram[left], target, passive[left], directed[left])
+        result[left] = multipliers
+        energy = (multipliers * (gram[left] @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(dim=1)
+        gain = (multipliers * excess[left]).sum(dim=1) - energy / 2
+        ratio = gain / (0.5 + (multipliers * slope[left]).sum(dim=1))
+        rises = ratio > bound[left, 0] * (1 + 1e-12)
+        bound[left, 0] = torch.maximum(bound[left, 0], ratio)
+        left = left[rises]
+        if not len(left):
             break
-        bound = torch.maximum(bound, ratio)
-    return multipliers * scale
+    return result * scale
 
 
 def escape_length(along: Tensor, deficit: Tensor) -> Tensor:

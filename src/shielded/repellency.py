@@ -32,7 +32,7 @@ Overlap = Literal["sum", "project"]
 
 _COINCIDENT = 1e-6  # closer than this share of the radius, the direction x0 − z is rounding noise
 _ROUNDS = 12
-_DEEPEST = 64  # shields added to the projection per round and image
+_DEEPEST = 32  # shields added to the projection per round and image
 
 
 def tie_break(shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -51,6 +51,7 @@ class Shields:
     distance: Tensor  # (n, A) float64
     radius: Tensor  # (n, A) float64
     valid: Tensor  # (n, A) bool, False marks padding
+    coincident: Tensor  # (n, A) bool: x0 equals the reference, any direction leads away
 
 
 def gather(x0: Tensor, references: References, hits: Hits, noise: Tensor) -> Iterator[Shields]:
@@ -79,7 +80,7 @@ def gather(x0: Tensor, references: References, hits: Hits, noise: Tensor) -> Ite
         if coincident.any():
             along = noise[query] / noise[query].norm(dim=1, keepdim=True)
             unit = torch.where(coincident[:, :, None], along[:, None], unit)
-        yield Shields(query, unit, distance, radius, valid)
+        yield Shields(query, unit, distance, radius, valid, coincident)
         first = last
 
 
@@ -111,7 +112,10 @@ def project_correction(
     for _ in range(_ROUNDS):
         if not len(found):
             break
+        known = len(chosen)
         chosen = merge(chosen, deepest(found, _DEEPEST))
+        if len(chosen) == known:  # nothing new to take into account
+            break
         rows = found.query.unique()
         for shields in gather(x0, references, chosen[torch.isin(chosen.query, rows)], noise):
             delta[shields.query] = _leave(shields, noise)
@@ -130,14 +134,19 @@ def _leave(shields: Shields, noise: Tensor) -> Tensor:
     unit, valid = shields.unit, shields.valid
     if unit.shape[1] == 1:  # the formula itself: a projection onto the shell
         return (shields.radius - shields.distance).clamp(min=0).to(unit.dtype) * unit[:, 0]
-    distance = torch.maximum(shields.distance, _COINCIDENT * shields.radius)
-    radius = shields.radius * (1 + 1e-6)
+    # Where x0 equals a reference, no half-space describes the shield: any move of length r leaves it.
+    unit = torch.where(shields.coincident[:, :, None], 0, unit)
+    directed = valid & ~shields.coincident
+    distance = torch.where(directed, shields.distance, 0)
+    radius = shields.radius * (1 + 3e-6)  # room for the rounding of x0 + h in float32
     gram = torch.zeros(*valid.shape, valid.shape[1], dtype=torch.float64, device=unit.device)
-    for part in unit.split(max(1, CHUNK // (2 * valid.numel())), dim=2):
+    piece = max(1, CHUNK // (2 * valid.numel()))
+    for part in unit.split(piece, dim=2):
         gram += part.double() @ part.double().transpose(1, 2)
-    gram *= valid[:, :, None] & valid[:, None, :]
-    multipliers = smallest_move(gram, distance, radius, valid)
-    move = torch.bmm(multipliers[:, None].to(unit.dtype), unit)[:, 0]
+    gram *= directed[:, :, None] & directed[:, None, :]
+    multipliers = smallest_move(gram, distance, radius, valid, directed)
+    # In float64: deep among the references large multipliers nearly cancel.
+    move = torch.cat([torch.bmm(multipliers[:, None], part.double())[:, 0] for part in unit.split(piece, dim=2)], dim=1)
     along = (gram @ multipliers.unsqueeze(-1)).squeeze(-1)
     energy = (multipliers * along).sum(dim=1, keepdim=True)
     deficit = radius.square() - (distance.square() + 2 * distance * along + energy)
@@ -146,23 +155,21 @@ def _leave(shields: Shields, noise: Tensor) -> Tensor:
     stuck = far | (valid & (deficit > 1e-9 * radius.square())).any(dim=1)
     for n in stuck.nonzero().flatten().tolist():
         own = valid[n]
-        geometry = unit[n, own], gram[n][own][:, own], distance[n, own], noise[shields.query[n]]
+        geometry = unit[n, own].double(), gram[n][own][:, own], distance[n, own], noise[shields.query[n]].double()
         around = move[n] + _way_out(*geometry, deficit[n, own], move[n])
         straight = _way_out(*geometry, (radius.square() - distance.square())[n, own], torch.zeros_like(move[n]))
         move[n] = around if around.norm() <= straight.norm() else straight
-    return move
+    return move.to(unit.dtype)
 
 
 def _way_out(unit: Tensor, gram: Tensor, distance: Tensor, noise: Tensor, deficit: Tensor, move: Tensor) -> Tensor:
     """A step at a right angle to all normals, along what is left of the predicted noise, until all shields are left."""
     ridge = 1e-9 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    share = torch.linalg.solve(gram + ridge, (unit @ noise).double())
-    direction = noise - share.to(unit.dtype) @ unit
+    direction = noise - torch.linalg.solve(gram + ridge, unit @ noise) @ unit
     if direction.norm() < 1e-3 * noise.norm():  # as many shields as dimensions: any direction leads out in the end
         direction = noise
     direction = direction / direction.norm()
-    along = distance * (unit @ direction).double() + (move @ direction).double()
-    return escape_length(along, deficit).to(unit.dtype) * direction
+    return escape_length(distance * (unit @ direction) + move @ direction, deficit) * direction
 
 
 # The other images of the batch --------------------------------------------------------------------------------------
