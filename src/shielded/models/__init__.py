@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 EMOJI = Path(__file__).parent / "emoji"
 EMBEDDED = {"emoji": EMOJI}
+GUIDANCE = {"emoji": 3.0}  # where the pipeline's own default is not the best for the model
 
 
 def load(model: str = "emoji", device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
@@ -23,9 +26,6 @@ def load(model: str = "emoji", device: str | None = None, dtype: torch.dtype = t
     Raises:
         ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
     """
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-
     folder = EMBEDDED.get(model, Path(model))
     known = (folder / "model_index.json").is_file()
     if not known and (folder.exists() or str(model).count("/") != 1 or os.path.isabs(model)):
@@ -33,9 +33,30 @@ def load(model: str = "emoji", device: str | None = None, dtype: torch.dtype = t
             f"unknown model {str(model)!r}; known names: {', '.join(EMBEDDED)}. "
             "A folder with a saved diffusers pipeline (model_index.json) and owner/name on the hub work too."
         )
-    if model in EMBEDDED:
-        # The missing safety checker is no oversight here, and the hint about it would come with every command.
-        logging.set_verbosity_error()
-    pipe = DiffusionPipeline.from_pretrained(folder if known else model, dtype=dtype)
+    with _quiet() if model in EMBEDDED else nullcontext():
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(folder if known else model, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' hints about parts that the embedded model has no use for, and bars for milliseconds."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    before = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, bar in zip(libraries, before, bars, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
