@@ -1,6 +1,6 @@
 """Put the trained parts together as the model that the package ships.
 
-    python training/assemble.py --model runs/model --vae runs/vae --encoder runs/encoder --out src/shielded/models/emoji
+python training/assemble.py --model runs/model --vae runs/vae --encoder runs/encoder --out src/shielded/models/emoji
 """
 
 from __future__ import annotations
