@@ -64,3 +64,87 @@ def test_help_shows_an_example():
     result = runner.invoke(app, ["demo", "--help"])
     assert result.exit_code == 0
     assert "Example: shielded demo" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def protected(made):
+    """The demo's plain owls and a file that is no picture, protected."""
+    out, _ = made
+    pictures = out.parent / "pictures"
+    pictures.mkdir()
+    for file in (out / "without").glob("owl-*.png"):
+        (pictures / file.name).write_bytes(file.read_bytes())
+    (pictures / "broken.png").write_bytes(b"no picture")
+    target = out.parent / "set"
+    return (
+        pictures,
+        target,
+        runner.invoke(app, ["protect", str(pictures), "--out", str(target), "--radius", "8", "--json"]),
+    )
+
+
+def test_protect_names_what_it_skips(protected):
+    _, _, result = protected
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["added"] == 4
+    assert "broken.png" in result.stderr
+
+
+def test_protect_again_adds_nothing_and_strict_refuses(protected, tmp_path):
+    pictures, target, _ = protected
+    again = runner.invoke(app, ["protect", str(pictures), "--out", str(target), "--add", "--json"])
+    assert (json.loads(again.stdout)["added"], json.loads(again.stdout)["present"]) == (0, 4)
+    strict = runner.invoke(app, ["protect", str(pictures), "--out", str(tmp_path / "set"), "--strict"])
+    assert strict.exit_code == 1
+    assert "broken.png" in strict.stderr
+    assert runner.invoke(app, ["protect", str(pictures), "--out", str(target)]).exit_code == 2
+
+
+def test_generate_keeps_away_from_the_set(protected, tmp_path):
+    _, target, _ = protected
+    arguments = [
+        "generate",
+        "owl",
+        "--protect",
+        str(target),
+        "-n",
+        "2",
+        "--steps",
+        "8",
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["leaks_without"], report["leaks_with"]) == (2, 0)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_verify_exits_with_1_for_a_leak(protected, made):
+    pictures, target, _ = protected
+    result = runner.invoke(app, ["verify", str(pictures / "owl-0.png"), "--protect", str(target)])
+    assert result.exit_code == 1
+    assert "inside" in result.stdout
+    hearts = str(made[0] / "without" / "red-heart-0.png")
+    result = runner.invoke(app, ["verify", hearts, "--protect", str(target)])
+    assert result.exit_code == 0
+    assert "outside" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "cat", "--model", "nothing"], "emoji"),
+        (["generate", "cat", "--protect", "nowhere"], "nowhere"),
+        (["verify", "nowhere.png", "--protect", "nowhere"], "nowhere"),
+        (["protect", "nowhere", "--out", "set"], "nowhere"),
+    ],
+)
+def test_failed_runs_say_why_in_a_sentence(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
