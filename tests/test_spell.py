@@ -256,6 +256,19 @@ def test_bad_options_are_refused(options, message):
         Spell(**options)
 
 
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        (torch.zeros(2, 9), "shape"),
+        (torch.zeros(2, 8, dtype=torch.uint8), "uint8"),
+        (torch.full((2, 8), float("inf")), "infinity"),
+    ],
+)
+def test_references_that_cannot_be_latents_are_refused(references, message):
+    with pytest.raises(ValueError, match=message):
+        Spell(references, 1.0)(torch.zeros(1, 8))
+
+
 def test_broken_x0_is_named():
     x0 = torch.zeros(3, 8)
     x0[1, 2] = float("nan")

@@ -397,6 +397,8 @@ def _fitting(references: Tensor, x0: Tensor, name: str) -> Tensor:
             f"the {name} have shape {tuple(references.shape[1:])} each, x0 has {tuple(x0.shape[1:])}; "
             "references must be in the sampler's latent space at the generated size."
         )
+    if not references.is_floating_point():
+        raise ValueError(f"the {name} are {references.dtype}; latents are floating point, so these are something else.")
     if not torch.isfinite(references).all():
         raise ValueError(f"the {name} contain NaN or infinity.")
     return references.to(x0.device)
