@@ -7,7 +7,10 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
+
+from shielded.files import write_json
 
 FULL_RADIUS_BELOW = 0.2  # noise level t = σ/(α + σ) from which on shields have their full radius, whatever is estimated
 
@@ -40,20 +43,10 @@ class Calibration:
     def _bound(self, level: float) -> float:
         if not self.levels:
             return self.energy * level**2
-        if level <= self.levels[0]:
-            return self.error[0]
-        for (t0, e0), (t1, e1) in zip(
-            zip(self.levels, self.error, strict=True), zip(self.levels[1:], self.error[1:], strict=True), strict=False
-        ):
-            if level <= t1:
-                return e0 + (e1 - e0) * (level - t0) / (t1 - t0)
-        return self.error[-1]
+        return float(np.interp(level, self.levels, self.error))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        target = Path(path)
-        draft = target.with_name(target.name + ".tmp")
-        draft.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        draft.replace(target)
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from shielded.files import write_json
 from shielded.protected import ProtectedSet
 
 
@@ -33,10 +34,7 @@ class Certificate:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON."""
-        target = Path(path)
-        draft = target.with_name(target.name + ".tmp")
-        draft.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        draft.replace(target)
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Certificate:

@@ -9,13 +9,14 @@ import torch
 
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import vendi
+from shielded.files import write_json
 from shielded.generate import Generated, generate
 from shielded.latent_space import LatentSpace
 from shielded.models import EMOJI, GUIDANCE, load
 from shielded.protected import ProtectedSet
 from shielded.report import Diversity, write_report
 from shielded.report.grid import diversity_grid, protection_grid
-from shielded.run import compare, save_image, write_json
+from shielded.run import compare, save_image
 from shielded.spell import Spell
 
 PROMPTS = ("red heart", "pizza", "owl", "sunflower")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from shielded.files import replacing
 
 
 class History:
@@ -56,10 +57,8 @@ class History:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file."""
-        target = Path(path)
-        draft = target.with_name(target.name + ".tmp")
-        save_file({"latents": self.latents}, draft, metadata={"limit": str(self.limit)})
-        draft.replace(target)
+        with replacing(path) as draft:
+            save_file({"latents": self.latents}, draft, metadata={"limit": str(self.limit)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], limit: int = 1024) -> History:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 from shielded.certificate import Certificate, certify, leaks
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import vendi
+from shielded.files import replacing, write_json
 from shielded.generate import Generated, generate
 from shielded.latent_space import LatentSpace
 from shielded.models import EMOJI, GUIDANCE, load
@@ -124,12 +124,5 @@ def _write_images(folder: Path, made: Generated, prompts: list[str], seeds: list
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    draft = path.with_suffix(".tmp")
-    image.save(draft, format="PNG")
-    draft.replace(path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(path)
+    with replacing(path) as draft:
+        image.save(draft, format="PNG")

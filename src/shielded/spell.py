@@ -6,13 +6,13 @@ import csv
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from shielded.calibration import Calibration
+from shielded.files import replacing
 from shielded.history import History
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet
@@ -188,7 +188,7 @@ class Spell:
                 delta += sum_pairs(x, pair_radius, close)
             delta, unresolved = self.overcompensation * delta, None
         else:
-            delta, unresolved = self._project(x, references, direction, shrink, pair_radius, together)
+            delta, unresolved = self._project(x, references, hits, direction, shrink, pair_radius, together)
         # The push as a share of the score: (α/σ²)λΔ against −ε/σ.
         ratio = float(alpha) / float(sigma) if level and noise is not None else None
         self._record(step, level, ratio, x, hits, close, delta, direction, unresolved)
@@ -198,6 +198,7 @@ class Spell:
         self,
         x: Tensor,
         references: References | None,
+        hits: Hits | None,
         noise: Tensor,
         shrink: Tensor | None,
         pair_radius: Tensor | None,
@@ -210,11 +211,14 @@ class Spell:
             if together is not None and active_pairs(x + move, pair_radius, together).any():
                 apart, crowded = project_pairs(x + move, pair_radius, together)
                 move = move + apart
+                hits = None  # found before the images moved
             if references is None:
                 break
+            if hits is None:
+                hits = references.active(x + move, shrink)
             # The protected references have the last word.
-            leave, inside = project_correction(x + move, references, references.active(x + move, shrink), noise, shrink)
-            move = move + leave
+            leave, inside = project_correction(x + move, references, hits, noise, shrink)
+            move, hits = move + leave, None
             if together is None:
                 break
             crowded = active_pairs(x + move, pair_radius * (1 - 1e-4), together).any(dim=1)
@@ -224,7 +228,7 @@ class Spell:
         if references is not None and self.overcompensation > 1:
             # Walking on beyond the shell cannot lead back into these shields, but into others.
             found = references.active(x + scaled, shrink)
-            scaled[found.query[found.distance < 0.999 * found.radius]] /= self.overcompensation
+            scaled[found.query[found.distance < (1 - 1e-5) * found.radius]] /= self.overcompensation
         return scaled, inside | crowded
 
     # A sampling run -----------------------------------------------------------------------------------------------
@@ -263,13 +267,10 @@ class Spell:
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as a CSV table, one row per step and image."""
-        target = Path(path)
-        draft = target.with_name(target.name + ".tmp")
-        with draft.open("w", newline="") as file:
+        with replacing(path) as draft, draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(self.trace[0]) if self.trace else ["step"])
             writer.writeheader()
             writer.writerows(self.trace)
-        draft.replace(target)
 
     # Parts --------------------------------------------------------------------------------------------------------
 
