@@ -1,0 +1,65 @@
+"""shielded demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shielded.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Out,
+    Overwrite,
+    Seed,
+    Steps,
+    Strength,
+    check_out,
+    errors,
+    positive,
+    show,
+)
+
+
+def demo(
+    out: Out = Path("demo"),
+    radius: Annotated[float | None, typer.Option(help="Of the shields, L2 in the latent space.")] = None,
+    seed: Seed = 0,
+    steps: Steps = 25,
+    overcompensation: Strength = 1.6,
+    device: Device = None,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Protect what the embedded model makes, then generate with the same seeds again.
+
+    Example: shielded demo --out demo
+    """
+    with errors(debug):
+        check_out(out, overwrite)
+        from shielded import demo as job
+
+        report = job.demo(
+            out,
+            seed=seed,
+            steps=steps,
+            radius=job.RADIUS if radius is None else positive(radius, "--radius"),
+            overcompensation=positive(overcompensation, "--overcompensation"),
+            device=device,
+            progress=not as_json,
+        )
+        show(report, as_json, _demo_summary(report, out))
+
+
+def _demo_summary(report: dict[str, Any], out: Path) -> str:
+    without, with_ = ({k: report[f"{k}_{w}"] for k in ("leaks", "min_distance", "vendi")} for w in ("without", "with"))
+    return (
+        f"Inside a shield: {without['leaks']} of {report['n']} images without SPELL, {with_['leaks']} with.\n"
+        f"Nearest protected image: {without['min_distance']:.2f} without, {with_['min_distance']:.2f} with; "
+        f"the radius is {report['radius']:g}.\n"
+        f"Vendi score of one prompt: {without['vendi']:.2f} without, {with_['vendi']:.2f} with.\n"
+        f"Open {out / 'report.html'}"
+    )

@@ -1,0 +1,67 @@
+"""shielded generate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shielded.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Model,
+    Out,
+    Overwrite,
+    Seed,
+    Steps,
+    Strength,
+    check_out,
+    errors,
+    positive,
+    show,
+)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    out: Out = Path("images"),
+    model: Model = "emoji",
+    protect: Annotated[Path | None, typer.Option(help="A protected set to keep away from.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 4,
+    radius: Annotated[
+        float | None, typer.Option(help="L2 in the latent space; default: the set's own, else 0.8 per √dim.")
+    ] = None,
+    seed: Seed = 0,
+    steps: Steps = 25,
+    overcompensation: Strength = 1.6,
+    device: Device = None,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Generate images that keep away from a protected set, or, without one, from each other.
+
+    Example: shielded generate "a red apple" -n 8 --out apples
+    """
+    with errors(debug):
+        if radius is not None:
+            positive(radius, "--radius")
+        positive(overcompensation, "--overcompensation")
+        check_out(out, overwrite)
+        from shielded.run import run
+
+        report = run(
+            out, prompt, model, protect, n, radius, seed, steps, overcompensation, device, progress=not as_json
+        )
+        show(report, as_json, _summary(report, out))
+
+
+def _summary(report: dict[str, Any], out: Path) -> str:
+    lines = [f"{report['n']} images in {out}"]
+    if report["leaks_with"] is not None:
+        lines.append(
+            f"Inside a shield: {report['leaks_without']} of {report['n']} without SPELL, {report['leaks_with']} with."
+        )
+    return "\n".join([*lines, f"Open {out / 'report.html'}"])

@@ -1,0 +1,65 @@
+"""What the commands share: options, checks of what was asked for, and errors as one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+Model = Annotated[str, typer.Option(help="'emoji' (embedded), a saved diffusers pipeline, or owner/name.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Seed = Annotated[int, typer.Option(help="Added to all seeds.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
+Strength = Annotated[float, typer.Option("--overcompensation", help="Multiplies the correction (paper: 1.6).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON and no progress.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+class UsageError(ValueError):
+    """What was asked for does not make sense; exit code 2."""
+
+
+class errors:
+    """Turn exceptions into one sentence and an exit code: 2 for bad usage, 1 for a failed run."""
+
+    def __init__(self, debug: bool) -> None:
+        self.debug = debug
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None or isinstance(error, typer.Exit) or self.debug:
+            return
+        if isinstance(error, KeyboardInterrupt):
+            _stop("stopped; what was finished is kept.", 1)
+        if isinstance(error, UsageError):
+            _stop(str(error), 2)
+        if isinstance(error, (ValueError, TypeError, RuntimeError, OSError, KeyError)):
+            _stop(str(error), 1)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a folder with --out.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UsageError(f"{out} exists and is not empty; it is kept. Use --overwrite, or another --out.")
+
+
+def positive(value: float, name: str) -> float:
+    if not 0 < value < float("inf"):
+        raise UsageError(f"{name} must be positive and finite, not {value}.")
+    return value
+
+
+def show(result: dict[str, Any], as_json: bool, summary: str) -> None:
+    typer.echo(json.dumps(result, indent=2) if as_json else summary)
