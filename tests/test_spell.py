@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shielded import Calibration, History, LatentSpace, ProtectedSet, RepelledDenoiser, Spell
 
@@ -162,6 +163,10 @@ def test_nearest_takes_the_k_nearest_only():
     x0 = torch.full((1, 8), 0.01)
     one = Spell(z, 2.0, batch=False, nearest=1, overlap="sum")(x0)
     torch.testing.assert_close(one, Spell(z[:1], 2.0, batch=False, overlap="sum")(x0))
+    # The nearest reference, whether or not x0 is in its shield: not the nearest of those that fire.
+    radii = torch.tensor([0.001, 2.0, 2.0])
+    assert not Spell(z, radii, batch=False, nearest=1)(x0).any()
+    assert Spell(z, radii, batch=False, nearest=2)(x0).any()
 
 
 def test_posterior_radius_is_late_but_never_absent(points):
@@ -201,9 +206,10 @@ def test_protected_set_on_disk_gives_the_same_as_its_tensor(tmp_path, points):
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape=(DIM,)))
     protected.add(points, [f"p{i}" for i in range(POINTS)], radius=RADIUS)
     x0 = points[:5] + 0.1
-    for options in ({}, {"overlap": "sum"}, {"nearest": 1}):
+    level = {"noise": torch.ones_like(x0), "alpha": 0.5, "sigma": 0.5}
+    for options in ({"radius_schedule": "posterior"}, {"overlap": "sum"}, {"nearest": 3}, {"nearest": 99}, {}):
         on_disk, in_memory = Spell(protected, batch=False, **options), Spell(points, RADIUS, batch=False, **options)
-        torch.testing.assert_close(on_disk(x0), in_memory(x0))
+        torch.testing.assert_close(on_disk(x0, **level), in_memory(x0, **level))
     assert on_disk.trace[0]["nearest_id"] == "p0"
     protected.remove(["p0"])
     assert on_disk(x0)[0].count_nonzero() == 0
@@ -274,3 +280,29 @@ def test_broken_x0_is_named():
     x0[1, 2] = float("nan")
     with pytest.raises(ValueError, match=r"images \[1\]"):
         Spell(radius=1.0)(x0)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations for which the host would have to wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += func in waits
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"history": True}, {"radius_schedule": "posterior"}, {"nearest": 2}])
+def test_an_idle_step_reads_one_boolean_from_the_device(options):
+    generator = torch.Generator().manual_seed(0)
+    references, x0 = 10 * torch.randn(5, 3, 4, 4, generator=generator), torch.randn(4, 3, 4, 4, generator=generator)
+    spell = Spell(references, 0.5, **options)
+    if spell.history is not None:
+        spell.history.add(20 + x0)
+    spell(x0, noise=x0, alpha=0.5, sigma=0.5)  # builds what is kept
+    with HostReads() as reads:
+        assert not spell(x0, noise=x0, alpha=0.5, sigma=0.5).any()
+    assert reads.count == 1 + 1  # the second is this test's own

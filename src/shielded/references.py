@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,71 +30,96 @@ class Hits:
         return Hits(self.query[keep], self.row[keep], self.distance[keep], self.radius[keep])
 
 
+@dataclass
+class Scan:
+    """The first half of a search, which leaves everything on the device.
+
+    Args:
+        some: () bool: whether a shield may be active. Reading it is the only thing that the host has to wait for in a
+            step in which none is.
+        hits: the second half: the active shields.
+    """
+
+    some: Tensor
+    hits: Callable[[], Hits]
+
+
 class References(Protocol):
     """What x0 is kept away from. `shrink` (B,) shortens the squared radii per image (posterior radius)."""
 
-    def active(self, x0: Tensor, shrink: Tensor | None = None) -> Hits: ...
+    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan: ...
 
     def vectors(self, rows: Tensor) -> Tensor: ...
 
 
 class TensorReferences:
-    """References held as one tensor (K, D) with a radius each."""
+    """References held as one tensor (K, D) with a radius each; only the `nearest` ones of each image, if given."""
 
-    def __init__(self, vectors: Tensor, radius: float | Tensor) -> None:
+    def __init__(self, vectors: Tensor, radius: float | Tensor, nearest: int | None = None) -> None:
         self._vectors = vectors.float()
+        self._nearest = nearest
         self.radius = torch.as_tensor(radius, dtype=torch.float64, device=vectors.device).expand(len(vectors))
 
     def vectors(self, rows: Tensor) -> Tensor:
         return self._vectors[rows]
 
-    def active(self, x0: Tensor, shrink: Tensor | None = None) -> Hits:
+    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
         squared = self.radius.square().expand(len(x0), -1)
         if shrink is not None:
             squared = squared - shrink.double()[:, None]
         limit = squared.clamp(min=0).sqrt()
-        # Distances by subtraction, not by the matmul shortcut, which cancels for small ones. float32 sums of D terms
-        # are off by at most D·2⁻²⁴; the candidates so found are measured again in float64.
+        # Distances by subtraction, not by the matmul shortcut, which cancels for small ones. A float32 sum of D squares
+        # is off by at most D·2⁻²⁴; what lies so close to the shell is measured again in float64.
         rough = torch.cdist(x0, self._vectors, compute_mode="donot_use_mm_for_euclid_dist")
-        query, row = torch.nonzero(rough < (limit * (1 + x0.shape[1] * 2.0**-23)).float(), as_tuple=True)
-        distance = pair_distances(x0, self._vectors, query, row)
-        hits = Hits(query, row, distance, limit[query, row])
-        return hits[hits.distance < hits.radius]
+        margin = x0.shape[1] * 2.0**-23
+        near = rough < (limit * (1 + margin)).float()
+        if self._nearest is not None and self._nearest < len(self._vectors):
+            few = rough.topk(self._nearest, largest=False).indices
+            near &= torch.zeros_like(near).scatter(1, few, True)
+
+        def hits() -> Hits:
+            query, row = torch.nonzero(near, as_tuple=True)
+            found = Hits(query, row, rough[query, row].double(), limit[query, row])
+            unsure = (found.distance > found.radius * (1 - margin)).nonzero().flatten()
+            found.distance[unsure] = pair_distances(x0, self._vectors, query[unsure], row[unsure])
+            return found[found.distance < found.radius]
+
+        return Scan(near.any(), hits)
 
 
 class SetReferences:
-    """A protected set on disk, searched by its own exact search."""
+    """A protected set on disk, searched by its own exact search; only the `nearest` ones of each image, if given."""
 
-    def __init__(self, protected: ProtectedSet, radius: float | Tensor, device: torch.device) -> None:
+    def __init__(
+        self, protected: ProtectedSet, radius: float | Tensor, device: torch.device, nearest: int | None = None
+    ) -> None:
         self._protected = protected
-        self._radius = torch.as_tensor(radius, dtype=torch.float64).expand(len(protected))
+        self._radius = torch.as_tensor(radius, dtype=torch.float64)
         self._device = device
+        self._nearest = nearest
 
     def vectors(self, rows: Tensor) -> Tensor:
-        return self._protected.vectors(rows.cpu()).to(self._device)
+        return self._protected.vectors(rows.cpu()).flatten(1).to(self._device)
 
-    def active(self, x0: Tensor, shrink: Tensor | None = None) -> Hits:
-        radius = self._radius
+    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
+        # The search runs on the host, so there is nothing to say before it.
+        return Scan(torch.ones((), dtype=torch.bool, device=x0.device), lambda: self._search(x0, shrink))
+
+    def _search(self, x0: Tensor, shrink: Tensor | None) -> Hits:
+        x = x0.view(len(x0), *self._protected.space.shape)
+        if self._nearest is None:
+            found = self._protected.within(x, self._radius, shrink)
+            query, row, distance = found.query, found.row, found.distance
+        else:
+            distance, row = self._protected.nearest_rows(x, min(self._nearest, len(self._protected)))
+            query = torch.arange(len(x), device=x.device).repeat_interleave(row.shape[1])
+            distance, row = distance.flatten(), row.flatten()
+        radius = self._radius.to(x0.device)
+        radius = radius[row] if radius.dim() else radius.expand(len(row))
         if shrink is not None:
-            radius = (radius.square() - shrink.double().cpu()[:, None]).clamp(min=0).sqrt()
-        found = self._protected.within(x0.view(len(x0), *self._protected.space.shape), radius)
-        own = self._radius.to(x0.device)[found.row]
-        if shrink is not None:
-            own = (own.square() - shrink.double()[found.query]).clamp(min=0).sqrt()
-        hits = Hits(found.query, found.row, found.distance.double(), own)
+            radius = (radius.square() - shrink.double()[query]).clamp(min=0).sqrt()
+        hits = Hits(query, row, distance.double(), radius)
         return hits[hits.distance < hits.radius]
-
-
-class Nearest:
-    """Only the k nearest active references of each image (the paper's SPELL-k)."""
-
-    def __init__(self, references: References, k: int) -> None:
-        self.vectors = references.vectors
-        self._references = references
-        self._k = k
-
-    def active(self, x0: Tensor, shrink: Tensor | None = None) -> Hits:
-        return closest(self._references.active(x0, shrink), self._k)
 
 
 class Joined:
@@ -114,8 +139,11 @@ class Joined:
         result[torch.cat([index for index, _ in parts])] = joined
         return result
 
-    def active(self, x0: Tensor, shrink: Tensor | None = None) -> Hits:
-        found = [part.active(x0, shrink) for part in self._parts]
+    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
+        scans = [part.scan(x0, shrink) for part in self._parts]
+        return Scan(torch.stack([scan.some for scan in scans]).any(), lambda: self._join([s.hits() for s in scans]))
+
+    def _join(self, found: list[Hits]) -> Hits:
         query = torch.cat([hits.query for hits in found])
         row = torch.cat([hits.row + start for hits, start in zip(found, self._starts, strict=False)])
         joined = Hits(

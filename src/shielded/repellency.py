@@ -119,7 +119,7 @@ def project_correction(
         rows = found.query.unique()
         for shields in gather(x0, references, chosen[torch.isin(chosen.query, rows)], noise):
             delta[shields.query] = _leave(shields, noise)
-        found = references.active(x0[rows] + delta[rows], None if shrink is None else shrink[rows])
+        found = references.scan(x0[rows] + delta[rows], None if shrink is None else shrink[rows]).hits()
         # The solution touches its shields; rounding of x0 + h may leave it a hair inside, which is not entering.
         hair = 2e-6 * found.radius + 2e-7 * x0[rows].norm(dim=1).double()[found.query]
         found = found[found.distance < found.radius - hair]
@@ -269,7 +269,7 @@ def repellency(
         tie_break((1, flat.shape[1]), flat.device).expand_as(flat) if noise is None else noise.float().flatten(1)
     )
     shields = TensorReferences(references.detach().to(flat.device).flatten(1), radius)
-    hits = shields.active(flat)
+    hits = shields.scan(flat).hits()
     if overlap == "sum":
         delta = sum_correction(flat, shields, hits, direction)
     else:

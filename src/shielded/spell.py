@@ -16,7 +16,7 @@ from shielded.files import replacing
 from shielded.history import History
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet
-from shielded.references import Hits, Joined, Nearest, References, SetReferences, TensorReferences, closest
+from shielded.references import Hits, Joined, References, SetReferences, TensorReferences, closest
 from shielded.repellency import (
     Overlap,
     active_pairs,
@@ -29,6 +29,7 @@ from shielded.repellency import (
 )
 
 _ALTERNATIONS = 4  # between leaving the static shields and separating the batch, each of which can undo the other
+_FINAL_MARGINS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # beyond the shell, in radii, tried until rounding stays outside
 
 
 class Spell:
@@ -159,24 +160,29 @@ class Spell:
         if level is None and (self.window != (1.0, 0.0) or self.radius_schedule == "posterior"):
             raise ValueError("a window and the posterior radius need the noise level: pass alpha=... and sigma=...")
         x = self._flat(x0)
-        if not torch.isfinite(x).all():
-            rows = (~torch.isfinite(x).all(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"x0 contains NaN or infinity at step {step}, images {rows}; the model's output is broken."
-            )
+        finite = torch.isfinite(x).all()
         if level is not None and not self.window[1] <= level <= self.window[0]:
+            self._require(finite, x, step)
             return torch.zeros_like(x0)
         together = self._together(x) if self.batch and len(x) > 1 else None
         references = self._references(x0)
         shrink = None
         if self.radius_schedule == "posterior" and level is not None and not last:
             shrink = self.calibration.posterior_variance(x.square().sum(dim=1), level)
-        hits = references.active(x, shrink) if references is not None else None
+        scan = references.scan(x, shrink) if references is not None else None
         pair_radius = close = None
         if together is not None:
             pair_radius = _pair_radius(float(self.radius), len(x), shrink, x.device)
             close = active_pairs(x, pair_radius, together)
-        if not (hits is not None and len(hits)) and not (close is not None and close.any()):
+        # The only thing that the host waits for in a step in which nothing is active.
+        flags = [~finite, *([scan.some] if scan else []), *([close.any()] if close is not None else [])]
+        idle = not torch.stack(flags).any()
+        hits = None
+        if not idle:
+            self._require(finite, x, step)
+            hits = scan.hits() if scan is not None else None
+            idle = not (hits is not None and len(hits)) and not (close is not None and close.any())
+        if idle:
             self._record(step, level, None, x)
             return torch.zeros_like(x0)
         direction = tie_break((1, x.shape[1]), x.device).expand_as(x) if noise is None else self._flat(noise)
@@ -188,7 +194,9 @@ class Spell:
                 delta += sum_pairs(x, pair_radius, close)
             delta, unresolved = self.overcompensation * delta, None
         else:
-            delta, unresolved = self._project(x, references, hits, direction, shrink, pair_radius, together)
+            delta, unresolved = self._project(
+                x, references, hits, direction, shrink, pair_radius, together, self.overcompensation
+            )
         # The push as a share of the score: (α/σ²)λΔ against −ε/σ.
         ratio = float(alpha) / float(sigma) if level and noise is not None else None
         self._record(step, level, ratio, x, hits, close, delta, direction, unresolved)
@@ -203,6 +211,7 @@ class Spell:
         shrink: Tensor | None,
         pair_radius: Tensor | None,
         together: Tensor | None,
+        strength: float,
     ) -> tuple[Tensor, Tensor]:
         """λ times the smallest move out of all shields, and the rows for which none was found."""
         move = torch.zeros_like(x)
@@ -215,7 +224,7 @@ class Spell:
             if references is None:
                 break
             if hits is None:
-                hits = references.active(x + move, shrink)
+                hits = references.scan(x + move, shrink).hits()
             # The protected references have the last word.
             leave, inside = project_correction(x + move, references, hits, noise, shrink)
             move, hits = move + leave, None
@@ -224,11 +233,11 @@ class Spell:
             crowded = active_pairs(x + move, pair_radius * (1 - 1e-4), together).any(dim=1)
             if not crowded.any():
                 break
-        scaled = self.overcompensation * move
-        if references is not None and self.overcompensation > 1:
+        scaled = strength * move
+        if references is not None and strength > 1:
             # Walking on beyond the shell cannot lead back into these shields, but into others.
-            found = references.active(x + scaled, shrink)
-            scaled[found.query[found.distance < (1 - 1e-5) * found.radius]] /= self.overcompensation
+            found = references.scan(x + scaled, shrink).hits()
+            scaled[found.query[found.distance < (1 - 1e-5) * found.radius]] /= strength
         return scaled, inside | crowded
 
     # A sampling run -----------------------------------------------------------------------------------------------
@@ -259,11 +268,45 @@ class Spell:
         self._run += 1
         self._step = 0
 
-    def finish(self, latents: Tensor) -> None:
-        """A trajectory ended with these latents (B, *S)."""
+    def finish(self, latents: Tensor) -> Tensor:
+        """A trajectory ended with these latents (B, *S).
+
+        Returns:
+            What takes their place: see `leave`. With overlap="sum", which is the paper's method and no more, and with a
+            window that closes before the end, they stay as they are.
+        """
+        if self.overlap == "project" and self.window[1] == 0:
+            latents = self.leave(latents)
         self.finished = latents.detach()
         if self.history is not None:
             self.history.add(self.finished)
+        return latents
+
+    def leave(self, latents: Tensor) -> Tensor:
+        """Finished latents (B, *S), moved out of every shield by the smallest move (λ = 1, full radius).
+
+        They are measured again after rounding to their dtype. Images outside every shield keep their bits; if none
+        moves, it is the same tensor.
+        """
+        together = self._together(latents) if self.batch and len(latents) > 1 else None
+        pair_radius = None if together is None else _pair_radius(float(self.radius), len(latents), None, latents.device)
+        references = self._references(latents)
+        for margin in _FINAL_MARGINS:
+            x = self._flat(latents)
+            hits = None if references is None else references.scan(x).hits()
+            close = together is not None and margin == 0 and active_pairs(x, pair_radius * (1 - 1e-5), together).any()
+            if not close and not (hits is not None and len(hits)):
+                break
+            direction = tie_break((1, x.shape[1]), x.device).expand_as(x)
+            pairs = (pair_radius, together) if close else (None, None)  # the protected references have the last word
+            move, _ = self._project(x, references, hits, direction, None, *pairs, 1.0)
+            length = move.norm(dim=1, keepdim=True)
+            beyond = margin * (hits.radius.max() if hits is not None and len(hits) else 0.0)
+            move = move * (1 + beyond / length.clamp(min=1e-12)).to(move.dtype)
+            moved = (latents.float() + self._unflat(move, latents.float())).to(latents.dtype)
+            rows = (length > 0).view(-1, *[1] * (latents.ndim - 1))
+            latents = torch.where(rows, moved, latents)
+        return latents
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as a CSV table, one row per step and image."""
@@ -273,6 +316,14 @@ class Spell:
             writer.writerows(self.trace)
 
     # Parts --------------------------------------------------------------------------------------------------------
+
+    def _require(self, finite: Tensor, x: Tensor, step: int) -> None:
+        if not finite:
+            rows = (~torch.isfinite(x).all(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"x0 contains NaN or infinity at step {step}, images {rows}; the model overflowed, so try float32 or "
+                "bfloat16."
+            )
 
     def _flat(self, x: Tensor) -> Tensor:
         flat = x.detach().float()
@@ -304,8 +355,7 @@ class Spell:
             parts: list[References] = []
             sizes: list[int] = []
             if self.protected is not None:
-                own = self._protected_references(x0)
-                parts.append(own if self.nearest is None else Nearest(own, self.nearest))
+                parts.append(self._protected_references(x0))
                 sizes.append(len(self.protected))
             if self.history is not None and len(self.history):
                 latents = _fitting(self.history.latents, x0, "remembered images")
@@ -317,7 +367,8 @@ class Spell:
 
     def _protected_references(self, x0: Tensor) -> References:
         if isinstance(self.protected, Tensor):
-            return TensorReferences(self._flat(_fitting(self.protected, x0, "protected references")), self.radius)
+            vectors = self._flat(_fitting(self.protected, x0, "protected references"))
+            return TensorReferences(vectors, self.radius, self.nearest)
         if tuple(self.protected.space.shape) != tuple(x0.shape[1:]):
             raise ValueError(
                 f"the protected set holds latents of shape {tuple(self.protected.space.shape)}, the sampler works on "
@@ -327,9 +378,9 @@ class Spell:
         if isinstance(radius, Tensor) and radius.isnan().any():
             raise ValueError("some protected images have no radius of their own; pass radius=... to Spell.")
         if self.mask is None:
-            return SetReferences(self.protected, radius, x0.device)
+            return SetReferences(self.protected, radius, x0.device, self.nearest)
         vectors = self.protected.vectors(torch.arange(len(self.protected)))
-        return TensorReferences(self._flat(vectors.to(x0.device)), radius)
+        return TensorReferences(self._flat(vectors.to(x0.device)), radius, self.nearest)
 
     def _name(self, row: int) -> str:
         """The id of a static reference, for the trace."""

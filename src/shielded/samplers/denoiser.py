@@ -52,18 +52,14 @@ class RepelledDenoiser(_Wrapper):
             x0 (B, *S) in the denoiser's dtype; rows without a correction are the denoiser's own, bit for bit.
 
         Raises:
-            ValueError: the rows have different noise levels, or x0 is not finite.
+            ValueError: the rows have different noise levels.
         """
         level = _level(sigma)
         x0 = self.denoiser(x, sigma, *args, **kwargs)
         seen = x0.float()
-        if not torch.isfinite(seen).all():
-            raise ValueError(f"x0 is not finite at sigma {level:g}; the denoiser overflowed; try float32 or bfloat16.")
         noise = (x.float() - seen) / level if level > 0 else torch.zeros_like(seen)
         delta = self.spell(seen, noise=noise, alpha=1.0, sigma=level)
         moved = (delta != 0).flatten(1).any(1)
-        if not moved.any():
-            return x0
         return torch.where(moved.view(-1, *[1] * (x0.ndim - 1)), (x0 + delta).to(x0.dtype), x0)
 
 

@@ -24,8 +24,12 @@ class Correction(Protocol):
     def start(self) -> None:
         """A new trajectory begins."""
 
-    def finish(self, latents: Tensor) -> None:
-        """A trajectory came to its end with these latents (B, *S), as the scheduler returned them."""
+    def finish(self, latents: Tensor) -> Tensor | None:
+        """A trajectory came to its end with these latents (B, *S), as the scheduler returned them.
+
+        Returns:
+            What the pipeline goes on with in their place; the same tensor, or None, leaves everything as it is.
+        """
 
 
 @contextlib.contextmanager
@@ -47,7 +51,7 @@ def attach(pipe: Any, correct: Correction) -> Iterator[None]:
 
     Raises:
         TypeError: `pipe` has no scheduler, or one that does not predict an x0 to correct.
-        ValueError: x0 is not finite, or an option changes the state behind the model's back.
+        ValueError: an option changes the state behind the model's back.
         RuntimeError: the scheduler is already attached to, was exchanged inside the context, or never stepped.
     """
     scheduler = getattr(pipe, "scheduler", None)
@@ -63,6 +67,8 @@ def attach(pipe: Any, correct: Correction) -> Iterator[None]:
     if getattr(before, "attached_to", None) is scheduler:
         raise RuntimeError("the scheduler is already attached to; leave the first context, or use one Spell for both.")
 
+    if any(cls.__name__ == "DiTPipeline" for cls in type(pipe).__mro__):
+        correct = _OncePerImage(correct)
     run = _Run(scheduler, correct)
     step = types.MethodType(_corrected_step(run), scheduler)
     scheduler.step = step
@@ -100,7 +106,7 @@ def _corrected_step(run: _Run) -> Any:
         corrected = run.corrected(model_output, timestep, sample, position)
         result = plain(corrected, timestep, sample, *args, **kwargs)
         if position == run.last:
-            run.correct.finish(result[0])
+            result = _with_sample(result, run.correct.finish(result[0]))
         return result
 
     step.attached_to = run.scheduler
@@ -137,26 +143,53 @@ class _Run:
         prediction, variance = _split_variance(model_output, sample)
         raw = state.a * sample.float() + state.b * prediction.float()
         x0 = bounded_x0(self.scheduler, raw)
-        self._check_finite(x0)
         noise = (sample.float() - state.alpha * x0) / state.sigma if state.sigma > 0 else torch.zeros_like(x0)
         last = position is not None and bool(self.timesteps[position] == self.timesteps[self.last])
         delta = self.correct(x0, noise=noise, alpha=state.alpha, sigma=state.sigma, last=last)
         if delta.shape != x0.shape:
             raise ValueError(f"the correction has shape {tuple(delta.shape)}, but x0 has {tuple(x0.shape)}.")
+        # By `where` and not by `if`: the host does not wait, and what did not move keeps its bits.
         moved = (delta != 0).flatten(1).any(1)
-        if not moved.any():
-            return model_output
         shifted = (prediction.float() + (x0 - raw + delta) / state.b).to(prediction.dtype)
         prediction = torch.where(moved.view(-1, *[1] * (x0.ndim - 1)), shifted, prediction)
         return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
-    def _check_finite(self, x0: Tensor) -> None:
-        bad = ~torch.isfinite(x0).flatten(1).all(1)
-        if bad.any():
-            raise ValueError(
-                f"x0 is not finite at step {self.position} in rows {bad.nonzero().flatten().tolist()}; the model "
-                "overflowed, so try float32 or bfloat16."
-            )
+
+class _OncePerImage:
+    """For DiT's pipeline, which steps both halves of its guidance batch: the second half repeats the images."""
+
+    def __init__(self, correct: Correction) -> None:
+        self.correct = correct
+        self.start = correct.start
+        self.twice = False
+
+    def __call__(self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool) -> Tensor:
+        half = len(x0) // 2
+        self.twice = torch.equal(x0[:half], x0[half:])  # not so without guidance
+        if not self.twice:
+            return self.correct(x0, noise=noise, alpha=alpha, sigma=sigma, last=last)
+        delta = self.correct(x0[:half], noise=noise[:half], alpha=alpha, sigma=sigma, last=last)
+        return torch.cat([delta, delta])
+
+    def finish(self, latents: Tensor) -> Tensor | None:
+        if not self.twice:
+            return self.correct.finish(latents)
+        half = latents[: len(latents) // 2]
+        finished = self.correct.finish(half)
+        return None if finished is None or finished is half else torch.cat([finished, finished])
+
+
+def _with_sample(output: Any, sample: Tensor | None) -> Any:
+    """A step's output (tuple or dataclass) with another sample; LCM lists the last sample as `denoised`, too."""
+    before = output[0]
+    if sample is None or sample is before:
+        return output
+    if isinstance(output, tuple):
+        return tuple(sample if value is before else value for value in output)
+    for name, value in list(output.items()):
+        if value is before:
+            setattr(output, name, sample)
+    return output
 
 
 def _split_variance(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
