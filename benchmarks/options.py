@@ -1,7 +1,7 @@
 """What each option of Spell does on the embedded model: leaks, diversity, quality, sparsity.
 
-Protection: the plain images of 16 prompts x 2 seeds are protected and the same seeds run again. Diversity: 8 prompts x
-8 seeds, images of one prompt repel each other. Quality in the features of the embedded encoder.
+8 prompts x 8 seeds. Protection: their plain images are protected and the same seeds run again. Diversity: images of one
+prompt repel each other. Quality in the features of the embedded encoder.
 
     python benchmarks/options.py --out docs/options.md
 """
@@ -17,139 +17,136 @@ import torch
 from shielded import Spell
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score, frechet_distance, vendi
+from shielded.files import replacing
 from shielded.generate import Generated, generate
 from shielded.models import EMOJI, GUIDANCE, load
 
+SEEDS = 8
 PROTECTION = {
-    "no SPELL": None,
     "sum": {"overlap": "sum"},
-    "sum, nearest 1": {"overlap": "sum", "nearest": 1},
+    "sum, nearest 1 (SPELL-1)": {"overlap": "sum", "nearest": 1},
     "project (default)": {},
+    "project, nearest 1": {"nearest": 1},
     "project, λ = 1": {"overcompensation": 1.0},
     "project, posterior radius": {"radius_schedule": "posterior"},
     "project, window 1.0–0.5": {"window": (1.0, 0.5)},
+    "project, and batch": {"batch": True},
 }
 DIVERSITY = {
-    "no SPELL": None,
     "sum": {"overlap": "sum"},
     "project (default)": {},
     "project, λ = 1": {"overcompensation": 1.0},
     "project, window 1.0–0.6": {"window": (1.0, 0.6)},
     "project, window 1.0–0.8": {"window": (1.0, 0.8)},
+    "project, one image at a time, history": {"batch": False, "history": True},
 }
 LEVELS = ((1.0, 0.8), (0.8, 0.6), (0.6, 0.4), (0.4, 0.0))
 
 
 class Study:
-    def __init__(self) -> None:
+    def __init__(self, prompts: int) -> None:
         self.pipe = load("emoji", "cpu")
         self.encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer")
         captions = (EMOJI / "captions.txt").read_text().splitlines()
         order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
-        self.captions = [captions[i] for i in order]
+        self.captions = [captions[i] for i in order[:prompts]]
+        self.texts = [caption for caption in self.captions for _ in range(SEEDS)]
+        other, _ = self.run(first_seed=100)
+        self.reference = self.encoder.image_features(other.images)
 
-    def run(self, prompts: list[str], seeds: list[int], spell: Spell | None) -> tuple[Generated, list[dict]]:
-        """Batches of 8, so that eight seeds of one prompt repel each other; the trace of all of them."""
+    def run(self, first_seed: int = 0, **options) -> tuple[Generated, list[dict]]:
+        """One prompt after the other, so that only images of one prompt repel each other; and the trace of all."""
         parts, trace = [], []
-        for i in range(0, len(prompts), 8):
-            part = slice(i, i + 8)
-            made = generate(
-                self.pipe, prompts[part], seeds[part], spell, guidance_scale=GUIDANCE["emoji"], progress=False
-            )
-            parts.append(made)
-            trace += spell.trace if spell else []
+        for caption in self.captions:
+            spell = Spell(**options) if options else None
+            seeds = range(first_seed, first_seed + SEEDS)
+            size = 1 if spell and spell.history is not None else SEEDS
+            for some in (seeds[i : i + size] for i in range(0, SEEDS, size)):
+                parts.append(
+                    generate(
+                        self.pipe,
+                        [caption] * size,
+                        list(some),
+                        spell,
+                        guidance_scale=GUIDANCE["emoji"],
+                        progress=False,
+                    )
+                )
+                trace.append(spell.trace if spell else [])
         images = [image for part in parts for image in part.images]
         return Generated(images, torch.cat([p.latents for p in parts]), sum(p.seconds for p in parts)), trace
 
-    def quality(self, made: Generated, prompts: list[str], plain: torch.Tensor) -> tuple[float, float]:
+    def row(self, name: str, plain: torch.Tensor, radius: float, made: Generated, trace: list[list[dict]]) -> str:
         features = self.encoder.image_features(made.images)
-        score = caption_score(features, self.encoder.text_features(prompts)).mean().item()
-        return score, frechet_distance(features, plain)
+        latents = made.latents.double().flatten(1)
+        nearest = torch.cdist(latents, plain.double().flatten(1)).min(dim=1).values
+        closest = min(torch.pdist(part).min().item() for part in latents.split(SEEDS))
+        cells = [
+            f"{int((nearest < radius * (1 - 1e-5)).sum())} of {len(latents)}",
+            f"{nearest.min().item():.2f}",
+            f"{closest:.1f}",
+            f"{statistics.mean(vendi(part) for part in features.split(SEEDS)):.2f}",
+            f"{caption_score(features, self.encoder.text_features(self.texts)).mean().item():.3f}",
+            f"{frechet_distance(features, self.reference):.3f}",
+            *sparsity(trace),
+        ]
+        line = " | ".join(["", name, *cells, ""]).strip()
+        print(line, flush=True)
+        return line
 
 
-def sparsity(trace: list[dict]) -> str:
-    """Per noise level: share of image steps with an active shield, and median push over score where active."""
-    cells = []
+def sparsity(trace: list[list[dict]]) -> list[str]:
+    """Share of images that were pushed at all; per noise level, share of steps pushed and median push over score."""
+    rows = [row | {"call": n} for n, call in enumerate(trace) for row in call]
+    if not rows:
+        return [""] * (1 + len(LEVELS))
+    images = {(row["call"], row["run"], row["image"]) for row in rows}
+    touched = {(row["call"], row["run"], row["image"]) for row in rows if row["push"] > 0}
+    cells = [f"{100 * len(touched) / len(images):.0f} %"]
     for high, low in LEVELS:
-        rows = [row for row in trace if low <= row["noise_level"] < high or row["noise_level"] == high == 1.0]
-        touched = [row["score_ratio"] for row in rows if row["active"]]
-        share = len(touched) / max(1, len(rows))
-        cells.append(f"{100 * share:.0f} %, {statistics.median(touched) if touched else 0:.2f}")
-    return " | ".join(cells)
+        here = [row for row in rows if low <= row["noise_level"] < high or row["noise_level"] == high == 1.0]
+        pushed = [row["score_ratio"] for row in here if row["push"] > 0]
+        share = 100 * len(pushed) / max(1, len(here))
+        cells.append(f"{share:.0f} %, {statistics.median(pushed):.2f}" if pushed else "0 %")
+    return cells
 
 
-def protection(study: Study, radius: float) -> list[str]:
-    prompts = [caption for caption in study.captions[:16] for _ in range(2)]
-    seeds = [0, 1] * 16
-    plain, _ = study.run(prompts, seeds, None)
-    other, _ = study.run(prompts, [s + 100 for s in seeds], None)
-    base = study.encoder.image_features(other.images)
-    levels = " | ".join(f"t {high:g}–{low:g}" for high, low in LEVELS)
-    lines = [
-        f"| protection, r = {radius:g} | inside | nearest | caption score | Fréchet | {levels} | s |",
-        "|---|" + "---|" * (5 + len(LEVELS)),
-    ]
-    for name, options in PROTECTION.items():
-        spell = None if options is None else Spell(plain.latents, radius, batch=False, **options)
-        made, trace = study.run(prompts, seeds, spell)
-        nearest = torch.cdist(made.latents.double().flatten(1), plain.latents.double().flatten(1)).min(dim=1).values
-        score, frechet = study.quality(made, prompts, base)
-        inside = int((nearest < radius * (1 - 1e-5)).sum())
-        table = sparsity(trace) if trace else " | ".join("" for _ in LEVELS)
-        lines.append(
-            f"| {name} | {inside} of {len(prompts)} | {nearest.min().item():.2f} | {score:.3f} | {frechet:.3f} "
-            f"| {table} | {made.seconds:.0f} |"
-        )
-        print(lines[-1], flush=True)
-    return lines
-
-
-def diversity(study: Study, radius: float) -> list[str]:
-    prompts = [caption for caption in study.captions[16:24] for _ in range(8)]
-    seeds = list(range(8)) * 8
-    other, _ = study.run(prompts, [s + 100 for s in seeds], None)
-    base = study.encoder.image_features(other.images)
-    levels = " | ".join(f"t {high:g}–{low:g}" for high, low in LEVELS)
-    lines = [
-        f"| diversity, r = {radius:g} | Vendi | closest pair | caption score | Fréchet | {levels} | s |",
-        "|---|" + "---|" * (5 + len(LEVELS)),
-    ]
-    for name, options in DIVERSITY.items():
-        made, trace = study.run(prompts, seeds, None if options is None else Spell(radius=radius, **options))
-        features = study.encoder.image_features(made.images)
-        scores = [vendi(part) for part in features.split(8)]
-        closest = min(torch.pdist(part.double().flatten(1)).min().item() for part in made.latents.split(8))
-        score, frechet = study.quality(made, prompts, base)
-        table = sparsity(trace) if trace else " | ".join("" for _ in LEVELS)
-        lines.append(
-            f"| {name} | {statistics.mean(scores):.2f} | {closest:.1f} | {score:.3f} | {frechet:.3f} "
-            f"| {table} | {made.seconds:.0f} |"
-        )
-        print(lines[-1], flush=True)
-    return lines
+def table(study: Study, title: str, radius: float, cases: dict[str, dict], plain: Generated, protect: bool) -> list:
+    columns = ["inside", "nearest", "closest pair", "Vendi", "caption score", "Fréchet", "images pushed"]
+    columns += [f"t {high:g}–{low:g}" for high, low in LEVELS]
+    lines = [" | ".join(["", title, *columns, ""]).strip(), "|---" * (len(columns) + 1) + "|"]
+    lines.append(study.row("no SPELL", plain.latents, radius, plain, [[]]))
+    for name, options in cases.items():
+        options = {"radius": radius, **({"protected": plain.latents, "batch": False} if protect else {}), **options}
+        lines.append(study.row(name, plain.latents, radius, *study.run(**options)))
+    return [*lines, ""]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--radius", type=float, default=15.0)
     parser.add_argument("--diversity-radius", type=float, default=26.0)
     args = parser.parse_args()
-    study = Study()
+    study = Study(args.prompts)
+    plain, _ = study.run()
     text = [
         "# What the options do",
         "",
-        "Embedded model, 25 DDIM steps, guidance 3; written by `python benchmarks/options.py --out docs/options.md`. "
-        "Fréchet distance (features of the embedded encoder) is to plain images of the same prompts at other seeds; "
-        "with so few images it compares the rows of one table and says nothing in absolute terms. The columns t give, "
-        "for a range of noise levels t = σ/(α + σ), the share of image steps in which a shield was active, and the "
-        "median length of the push as a share of the score.",
+        f"Embedded model, {args.prompts} prompts × {SEEDS} seeds, 25 DDIM steps, guidance 3; written by "
+        "`python benchmarks/options.py --out docs/options.md`. *Inside* and *nearest*: final latents against the plain "
+        "images of the same seeds, which the first table protects. Vendi per prompt, then averaged. Fréchet distance "
+        "(features of the embedded encoder) is to plain images of the same prompts at other seeds; with so few images "
+        "it compares the rows of one table and says nothing in absolute terms. The columns t give, for a range of "
+        "noise levels t = σ/(α + σ), the share of image steps that were pushed, and the median length of the push as "
+        "a share of the score.",
         "",
-        *protection(study, args.radius),
-        "",
-        *diversity(study, args.diversity_radius),
+        *table(study, f"protection, r = {args.radius:g}", args.radius, PROTECTION, plain, True),
+        *table(study, f"diversity, r = {args.diversity_radius:g}", args.diversity_radius, DIVERSITY, plain, False),
     ]
-    args.out.write_text("\n".join(text) + "\n")
+    with replacing(args.out) as draft:
+        draft.write_text("\n".join(text).rstrip() + "\n")
 
 
 if __name__ == "__main__":

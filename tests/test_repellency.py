@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from shielded import Spell
 from shielded.repellency import active_pairs, project_pairs, repellency, sum_pairs
 
 
@@ -128,7 +129,54 @@ def test_orthogonal_invariance_and_permutation(seed, overlap):
     )
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    distance=st.one_of(st.just(0.0), st.floats(1e-12, 1e6)),
+    depth=st.floats(1e-3, 1.0),
+    batch=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    overlap=st.sampled_from(["sum", "project"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_one_shield_at_any_distance_in_any_dtype(seed, distance, depth, batch, dtype, overlap):
+    """From d = 0 to 1e6, next to a duplicate of the reference: outside nothing happens, inside the shell is reached."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.float16:
+        distance = min(distance, 1e5)  # its numbers end at 65,504
+    away = torch.randn(batch, 1024, generator=generator, dtype=torch.float64)
+    x = (distance * away / away.norm(dim=1, keepdim=True)).to(dtype)
+    z = torch.zeros(2 if overlap == "project" else 1, 1024)
+    d = distances(x, z).max().item()
+    shell = (d + 1e-9) / (1 - 0.999 * depth)
+    assume(dtype != torch.float16 or 1e-2 < shell < 1e5)  # where float16 has its full precision
+    inside = repellency(x, z, shell, overlap=overlap)
+    # Half a unit in the last place of each number, and the size of the float32 arithmetic in between.
+    rounding = 2 * torch.finfo(dtype).eps + 3e-5
+    assert distances(x.double() + inside.double(), z).min().item() >= shell * (1 - rounding)
+    assert inside.double().norm(dim=1).max().item() <= (shell - distances(x, z).min().item()) + rounding * shell
+    if d > 0:
+        nearest = distances(x, z).min().item()
+        assert repellency(x, z, nearest * (1 - 1e-3), overlap=overlap).count_nonzero() == 0
+
+
 # The projection -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000), st.integers(1, 500), st.sampled_from([16, 64, 256]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_random_overlapping_sets_are_left_or_flagged(seed, count, dim, opposed):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(count, dim, generator=generator)
+    if opposed:
+        z[count // 2 :] = -z[: count - count // 2]
+    x = 0.2 * torch.randn(2, dim, generator=generator)
+    radius = 1.05 * distances(x, z).max().item()
+    spell = Spell(z, radius, overcompensation=1.0, batch=False)
+    moved = x + spell(x, noise=torch.randn(2, dim, generator=generator))
+    kept = distances(moved, z).min(dim=1).values >= radius * (1 - 1e-5)
+    flagged = torch.tensor([row["unresolved"] for row in spell.trace])
+    assert (kept | flagged).all()
+    assert [row["active"] for row in spell.trace] == [count, count]
 
 
 @given(st.integers(0, 10_000))
@@ -193,6 +241,20 @@ def test_duplicates_among_the_references_count_once():
 
 
 # Pairs --------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["sum", "project"]))
+@settings(max_examples=30, deadline=None)
+def test_pairs_turn_and_change_places_with_the_batch(seed, overlap):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 24, generator=generator)
+    rotation, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
+    order = torch.randperm(5, generator=generator)
+    spell = Spell(radius=8.0, overlap=overlap)
+    delta = spell(x)
+    assert delta.any()
+    torch.testing.assert_close(spell(x[order]), delta[order], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(spell(x @ rotation), delta @ rotation, rtol=1e-3, atol=1e-3)
 
 
 def test_both_sides_of_a_pair_share_the_move():
