@@ -76,14 +76,18 @@ class Study:
         images = [image for part in parts for image in part.images]
         return Generated(images, torch.cat([p.latents for p in parts]), sum(p.seconds for p in parts)), trace
 
-    def row(self, name: str, plain: torch.Tensor, radius: float, made: Generated, trace: list[list[dict]]) -> str:
+    def row(
+        self, name: str, protected: torch.Tensor | None, radius: float, made: Generated, trace: list[list[dict]]
+    ) -> str:
         features = self.encoder.image_features(made.images)
         latents = made.latents.double().flatten(1)
-        nearest = torch.cdist(latents, plain.double().flatten(1)).min(dim=1).values
+        cells = []
+        if protected is not None:
+            nearest = torch.cdist(latents, protected.double().flatten(1)).min(dim=1).values
+            inside = int((nearest < radius * (1 - 1e-5)).sum())
+            cells = [f"{inside} of {len(latents)}", f"{nearest.min().item():.2f}"]
         closest = min(torch.pdist(part).min().item() for part in latents.split(SEEDS))
-        cells = [
-            f"{int((nearest < radius * (1 - 1e-5)).sum())} of {len(latents)}",
-            f"{nearest.min().item():.2f}",
+        cells += [
             f"{closest:.1f}",
             f"{statistics.mean(vendi(part) for part in features.split(SEEDS)):.2f}",
             f"{caption_score(features, self.encoder.text_features(self.texts)).mean().item():.3f}",
@@ -111,14 +115,21 @@ def sparsity(trace: list[list[dict]]) -> list[str]:
     return cells
 
 
-def table(study: Study, title: str, radius: float, cases: dict[str, dict], plain: Generated, protect: bool) -> list:
-    columns = ["inside", "nearest", "closest pair", "Vendi", "caption score", "Fréchet", "images pushed"]
+def table(
+    study: Study, title: str, radius: float, cases: dict[str, dict], plain: Generated, protected: torch.Tensor | None
+) -> list[str]:
+    columns = [] if protected is None else ["inside", "nearest"]
+    columns += ["closest pair", "Vendi", "caption score", "Fréchet", "images pushed"]
     columns += [f"t {high:g}–{low:g}" for high, low in LEVELS]
     lines = [" | ".join(["", title, *columns, ""]).strip(), "|---" * (len(columns) + 1) + "|"]
-    lines.append(study.row("no SPELL", plain.latents, radius, plain, [[]]))
+    lines.append(study.row("no SPELL", protected, radius, plain, [[]]))
     for name, options in cases.items():
-        options = {"radius": radius, **({"protected": plain.latents, "batch": False} if protect else {}), **options}
-        lines.append(study.row(name, plain.latents, radius, *study.run(**options)))
+        options = {
+            "radius": radius,
+            **({} if protected is None else {"protected": protected, "batch": False}),
+            **options,
+        }
+        lines.append(study.row(name, protected, radius, *study.run(**options)))
     return [*lines, ""]
 
 
@@ -142,8 +153,8 @@ def main() -> None:
         "noise levels t = σ/(α + σ), the share of image steps that were pushed, and the median length of the push as "
         "a share of the score.",
         "",
-        *table(study, f"protection, r = {args.radius:g}", args.radius, PROTECTION, plain, True),
-        *table(study, f"diversity, r = {args.diversity_radius:g}", args.diversity_radius, DIVERSITY, plain, False),
+        *table(study, f"protection, r = {args.radius:g}", args.radius, PROTECTION, plain, plain.latents),
+        *table(study, f"diversity, r = {args.diversity_radius:g}", args.diversity_radius, DIVERSITY, plain, None),
     ]
     with replacing(args.out) as draft:
         draft.write_text("\n".join(text).rstrip() + "\n")
