@@ -1,4 +1,4 @@
-"""The models that can be named on the command line."""
+"""Models by name."""
 
 from __future__ import annotations
 
@@ -10,35 +10,47 @@ from typing import Any
 
 import torch
 
-EMOJI = Path(__file__).parent / "emoji"
-EMBEDDED = {"emoji": EMOJI}
-GUIDANCE = {"emoji": 3.0}  # where the pipeline's own default is not the best for the model
+from shielded.models.presets import EMOJI, PRESETS, Preset, table
+
+__all__ = ["EMOJI", "GUIDANCE", "PRESETS", "Preset", "load", "names", "table"]
+
+GUIDANCE = {name: preset.guidance for name, preset in PRESETS.items() if preset.guidance_option == "guidance_scale"}
 
 
-def load(model: str = "emoji", device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers pipeline: an embedded model by name, a folder, or a name on the Hugging Face hub.
+def names() -> list[str]:
+    """The names that `load` knows, the embedded model first."""
+    return list(PRESETS)
+
+
+def load(model: str = "emoji", device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """A diffusers pipeline: a model by name, a folder, or a name on the Hugging Face hub.
 
     Args:
-        model: "emoji", the path of a saved pipeline, or "owner/name".
+        model: one of `names()`, the path of a saved pipeline, or "owner/name".
         device: where to run; None: CUDA if there is one, else the processor.
-        dtype: of the weights.
+        dtype: of the weights; None: the preset's, but float32 on the processor and for other models.
 
     Raises:
         ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
     """
-    folder = EMBEDDED.get(model, Path(model))
-    known = (folder / "model_index.json").is_file()
-    if not known and (folder.exists() or str(model).count("/") != 1 or os.path.isabs(model)):
-        raise ValueError(
-            f"unknown model {str(model)!r}; known names: {', '.join(EMBEDDED)}. "
-            "A folder with a saved diffusers pipeline (model_index.json) and owner/name on the hub work too."
-        )
-    with _quiet() if model in EMBEDDED else nullcontext():
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    preset = PRESETS.get(model)
+    if dtype is None:
+        dtype = torch.float32 if preset is None or torch.device(device).type == "cpu" else preset.dtype
+    source = Path(model) if preset is None else preset.source
+    if preset is None and not (source / "model_index.json").is_file():
+        if source.exists() or str(model).count("/") != 1 or os.path.isabs(model):
+            raise ValueError(
+                f"unknown model {str(model)!r}; known names: {', '.join(names())}. "
+                "A folder with a saved diffusers pipeline (model_index.json) and owner/name on the hub work too."
+            )
+        source = model
+    with _quiet() if model == "emoji" else nullcontext():
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(folder if known else model, dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(device)
 
 
 @contextmanager

@@ -1,0 +1,176 @@
+"""SPELL on a ComfyUI MODEL: where a sampling run begins and ends, and what happens in between."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from shielded import History, ProtectedSet, Spell
+
+from .memory import Memory, recall
+
+
+@dataclass
+class Repellency:
+    """What the SPELL node was set to, and the run that is under way.
+
+    Args:
+        radius: of the shields, times the square root of the number of values that are generated: 1.41 is as far as
+            two unrelated latents of unit variance are apart.
+        options: further keywords of `shielded.Spell`.
+        protected: a set from disk, or latents (K, *S) as a LATENT wire carries them.
+        memory: finished images of earlier runs.
+    """
+
+    radius: float
+    options: dict[str, Any]
+    protected: ProtectedSet | Tensor | None
+    memory: Memory | None
+    spell: Spell | None = None
+    last_sigma: float = 0.0
+
+    def patch(self, model: Any) -> Any:
+        """A clone of the MODEL that is sampled with SPELL."""
+        patched = model.clone()
+        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "spell", self.sample)
+        patched.set_model_sampler_post_cfg_function(self.correct)
+        return patched
+
+    def sample(
+        self,
+        executor: Callable[..., Tensor],
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        *rest: Any,
+    ) -> Tensor:
+        """One sampling run, in the sampler's latent space; a wrapper around the sampler's own `sample`."""
+        ends_clean = len(sigmas) > 1 and sigmas[-1] == 0
+        self.last_sigma = float(sigmas[-2]) if ends_clean else 0.0
+        self.spell = self._spell(guider.inner_model.latent_format, tuple(noise.shape[1:]), denoise_mask)
+        self.spell.start()
+        try:
+            samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
+            if ends_clean:
+                self.spell.finish(samples)
+            logging.info(report(self.spell, self.radius))
+            return samples
+        finally:
+            self.spell = None
+
+    def correct(self, args: dict[str, Any]) -> Tensor:
+        """The predicted clean image after guidance, pushed out of the shields; a post-CFG function."""
+        if self.spell is None:
+            raise RuntimeError(
+                "SPELL has not seen this sampling run begin: the node that samples does not use ComfyUI's own guider. "
+                "Sample with KSampler or SamplerCustomAdvanced."
+            )
+        denoised = args["denoised"]
+        alpha, sigma = noise_level(args["model"].model_sampling, args["sigma"])
+        x0 = denoised.float()
+        noise = (args["input"].float() - alpha * x0) / sigma if sigma > 0 else None
+        # Samplers may evaluate the model more than once at the last noise level; each of these may be the last.
+        last = sigma <= self.last_sigma * (1 + 1e-6)
+        delta = self.spell(x0, noise=noise, alpha=alpha, sigma=sigma, last=last)
+        return (x0 + delta).to(denoised.dtype) if delta.any() else denoised
+
+    def _spell(self, latent_format: Any, shape: tuple[int, ...], denoise_mask: Tensor | None) -> Spell:
+        protected = self.protected
+        if isinstance(protected, Tensor):
+            protected = latent_format.process_in(protected)
+            check_shape(tuple(protected.shape[1:]), shape, "protected images")
+        elif protected is not None:
+            check_space(protected, latent_format, shape)
+        history: History | bool = False
+        if self.memory is not None:
+            history = History(self.memory.limit)
+            remembered = recall(self.memory, latent_format, shape)
+            if len(remembered):
+                history.add(remembered)
+        mask, dim = None, torch.Size(shape).numel()
+        if denoise_mask is not None and denoise_mask.any():
+            mask = denoise_mask.amax(dim=0).expand(shape) != 0
+            dim = int(mask.sum())
+        return Spell(protected, self.radius * sqrt(dim), history=history, mask=mask, **self.options)
+
+
+def noise_level(model_sampling: Any, sigma: Tensor) -> tuple[float, float]:
+    """(alpha, sigma) of the state x = alpha x0 + sigma noise, read off the way in which the model adds noise.
+
+    ComfyUI's eps and v models are sampled with alpha = 1, flow models with alpha = 1 - sigma.
+
+    Raises:
+        ValueError: the images of the batch are at different noise levels.
+    """
+    levels = sigma.flatten().float().cpu()
+    level = levels[:1]
+    if (levels != level).any():
+        raise ValueError("SPELL needs the same noise level for all images of a batch; sample them one by one.")
+    zero, one = torch.zeros_like(level), torch.ones_like(level)
+    alpha = model_sampling.noise_scaling(level, zero.clone(), one)
+    scale = model_sampling.noise_scaling(level, one.clone(), zero)
+    return float(alpha), float(scale)
+
+
+def check_shape(own: tuple[int, ...], sampled: tuple[int, ...], name: str) -> None:
+    """Refuses references of another size or kind of model than what is sampled."""
+    if own != sampled:
+        why = "kind of model" if own[0] != sampled[0] or len(own) != len(sampled) else "image size"
+        raise ValueError(
+            f"The {name} were encoded for another {why}: their latents are {'×'.join(map(str, own))}, this workflow "
+            f"samples {'×'.join(map(str, sampled))}. Encode them again with this model's VAE at the size you generate."
+        )
+
+
+def check_space(protected: ProtectedSet, latent_format: Any, sampled: tuple[int, ...]) -> None:
+    """Refuses a set of another size, layout or scaling than what is sampled. Of a set by shape alone only that counts.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    space = protected.space
+    if space.patch is not None:
+        raise ValueError(
+            f"The protected set at {protected.path} holds packed latents, as diffusers samples this kind of model; "
+            "ComfyUI does not pack. Use SPELL Protect Folder for these images."
+        )
+    check_shape(tuple(space.shape), sampled, f"protected images of {protected.path}")
+    if space.vae_sha256 is None:
+        return
+    per_channel = (1, -1, *[1] * (len(sampled) - 1))
+    mean = torch.tensor(space.mean or [space.shift]).view(per_channel)
+    std = torch.tensor(space.std or [1.0]).view(per_channel)
+    probe = torch.tensor([-1.0, 1.0]).view(2, *[1] * len(sampled)).expand(2, sampled[0], *per_channel[2:])
+    if not torch.allclose(latent_format.process_in(probe), (probe - mean) * space.scaling / std, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"The protected set at {protected.path} was made for another kind of model: its latents are scaled "
+            f"otherwise than those of this model ({type(latent_format).__name__}). Make it with the model you "
+            "generate with."
+        )
+
+
+def report(spell: Spell, radius: float) -> str:
+    """What happened in a run, in one line."""
+    pushed = [row for row in spell.trace if row["push"] > 0]
+    size = f"radius {radius:g} (L2 {spell.radius:.4g})"
+    if not pushed:
+        return f"SPELL: nothing came within {size}; the result is the one without SPELL. A larger radius acts more."
+    images = len({row["image"] for row in spell.trace})
+    evaluations = len({row["step"] for row in spell.trace})
+    line = (
+        f"SPELL: {len({row['image'] for row in pushed})} of {images} images pushed, in "
+        f"{len({row['step'] for row in pushed})} of {evaluations} evaluations, {size}."
+    )
+    stuck = {row["image"] for row in spell.trace if row["unresolved"] and row["step"] == spell.trace[-1]["step"]}
+    return line + (f" {len(stuck)} could not be moved out of all shields: too many overlap." if stuck else "")

@@ -1,0 +1,63 @@
+"""Images into latents, as a LATENT wire carries them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from shielded.latent_space import to_pixels
+from shielded.protected import find_images, load_images
+
+
+def encode(images: Iterable[Image.Image], vae: Any, size: tuple[int, int]) -> Tensor:
+    """Encodes images one by one, the short side resized and the centre cut out.
+
+    Args:
+        images: of any size and mode.
+        vae: ComfyUI's VAE.
+        size: (height, width) in pixels.
+
+    Returns:
+        (K, *S) on the CPU, not yet scaled as the sampler sees them.
+    """
+    pixels = (to_pixels(image, size).movedim(0, -1)[None] / 2 + 0.5 for image in images)
+    return torch.cat([vae.encode(image).float().cpu() for image in pixels])
+
+
+def from_tensor(images: Tensor) -> list[Image.Image]:
+    """An IMAGE (B, height, width, 3) with values in [0, 1] as PIL images."""
+    array = (images[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()
+    return [Image.fromarray(image) for image in array]
+
+
+def from_folder(folder: Path) -> Iterable[Image.Image]:
+    """The images of a folder and its subfolders, one at a time; files that cannot be read are named in the log.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+        ValueError: none of the images can be read.
+    """
+    found = 0
+    for _, path in tqdm(find_images(folder), desc="SPELL: encoding", unit="image"):
+        loaded, skipped = load_images(path)
+        for name, reason in skipped:
+            logging.warning(f"SPELL: {name} is left out, it cannot be read: {reason}")
+        for _, image, _, _ in loaded:
+            found += 1
+            yield image
+    if not found:
+        raise ValueError(f"None of the images in {folder} can be read.")
+
+
+def size_of(latent: dict[str, Any], vae: Any) -> tuple[int, int]:
+    """(height, width) in pixels of what a LATENT stands for."""
+    factor = vae.spacial_compression_encode()
+    height, width = latent["samples"].shape[-2:]
+    return height * factor, width * factor

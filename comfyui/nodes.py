@@ -1,0 +1,269 @@
+"""The nodes: what they are called, what they take, and which part of the pack does it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from shielded import ProtectedSet
+
+from .hook import Repellency
+from .images import encode, from_folder, from_tensor, size_of
+from .memory import Memory, forget, named, remember, state
+
+CATEGORY = "SPELL"
+ProtectedImages = io.Custom("SPELL_SET")
+MemoryWire = io.Custom("SPELL_MEMORY")
+
+
+class Spell(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShieldedSpell",
+            display_name="SPELL",
+            category=CATEGORY,
+            description="Keeps what this model generates away from protected images, from remembered ones, and from "
+            "the other images of the batch. Put it last before the sampler.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Float.Input(
+                    "radius",
+                    default=0.78,
+                    min=0.01,
+                    max=5.0,
+                    step=0.01,
+                    tooltip="How far away, in a measure that is the same for all models and sizes: 0 is the same "
+                    "image, 1.41 as far as two unrelated images are apart. 0.78 is the paper's setting for SD3.",
+                ),
+                io.Float.Input(
+                    "overcompensation",
+                    default=1.6,
+                    min=0.1,
+                    max=5.0,
+                    step=0.1,
+                    tooltip="1 pushes just to the radius, more pushes further and ends sooner.",
+                ),
+                io.Boolean.Input(
+                    "within_batch", default=True, tooltip="The images of one batch keep the radius from each other."
+                ),
+                io.Float.Input(
+                    "window_start",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Noise level from which on it acts; 1 is pure noise, the beginning of sampling.",
+                ),
+                io.Float.Input(
+                    "window_end",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Noise level at which it stops; 0 is the finished image. 0.6 costs less quality where "
+                    "only variety is wanted; protection needs 0.",
+                ),
+                io.Combo.Input(
+                    "overlap",
+                    options=["project", "sum"],
+                    default="project",
+                    tooltip="Where several shields overlap: project is the smallest move out of all of them, sum the "
+                    "paper's formula.",
+                ),
+                ProtectedImages.Input("protected", optional=True, tooltip="Images to stay away from."),
+                MemoryWire.Input("memory", optional=True, tooltip="Images of earlier runs to stay away from."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        radius: float,
+        overcompensation: float,
+        within_batch: bool,
+        window_start: float,
+        window_end: float,
+        overlap: str,
+        protected: Any = None,
+        memory: Any = None,
+    ) -> io.NodeOutput:
+        if window_start <= window_end:
+            raise ValueError(
+                f"window_start ({window_start:g}) must be larger than window_end ({window_end:g}): noise runs from 1 "
+                "down to 0."
+            )
+        if not within_batch and protected is None and memory is None:
+            raise ValueError(
+                "SPELL has nothing to keep away from: switch within_batch on, or connect protected images or a memory."
+            )
+        options = {
+            "overcompensation": overcompensation,
+            "batch": within_batch,
+            "window": (window_start, window_end),
+            "overlap": overlap,
+        }
+        return io.NodeOutput(Repellency(radius, options, protected, memory).patch(model))
+
+
+class ProtectImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShieldedProtectImages",
+            display_name="SPELL Protect Images",
+            category=CATEGORY,
+            description="Images that SPELL keeps away from.",
+            inputs=[
+                io.Image.Input("images"),
+                io.Vae.Input("vae"),
+                io.Latent.Input("latent", tooltip="The latent that goes into the sampler; images get its size."),
+            ],
+            outputs=[ProtectedImages.Output(display_name="protected")],
+        )
+
+    @classmethod
+    def execute(cls, images: Any, vae: Any, latent: Any) -> io.NodeOutput:
+        return io.NodeOutput(encode(from_tensor(images), vae, size_of(latent, vae)))
+
+
+class ProtectFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShieldedProtectFolder",
+            display_name="SPELL Protect Folder",
+            category=CATEGORY,
+            description="All images of a folder and its subfolders, for SPELL to keep away from.",
+            inputs=[
+                io.String.Input("folder", tooltip="An absolute path, or one in ComfyUI's input folder."),
+                io.Vae.Input("vae"),
+                io.Latent.Input("latent", tooltip="The latent that goes into the sampler; images get its size."),
+            ],
+            outputs=[ProtectedImages.Output(display_name="protected")],
+        )
+
+    @classmethod
+    def execute(cls, folder: str, vae: Any, latent: Any) -> io.NodeOutput:
+        return io.NodeOutput(encode(from_folder(_input(folder)), vae, size_of(latent, vae)))
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+        return state(_input(folder))
+
+
+class OpenSet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShieldedOpenSet",
+            display_name="SPELL Open Set",
+            category=CATEGORY,
+            description="A protected set made by the command `shielded protect`, for the model and size you generate.",
+            inputs=[io.String.Input("folder", tooltip="An absolute path, or one in ComfyUI's input folder.")],
+            outputs=[ProtectedImages.Output(display_name="protected")],
+        )
+
+    @classmethod
+    def execute(cls, folder: str) -> io.NodeOutput:
+        return io.NodeOutput(ProtectedSet.open(_input(folder)))
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str) -> str:
+        return state(_input(folder))
+
+
+class UseMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShieldedMemory",
+            display_name="SPELL Memory",
+            category=CATEGORY,
+            description="Images of earlier runs, kept on disk. Connect it to SPELL, which keeps away from them, and to "
+            "SPELL Remember, which adds to them.",
+            inputs=[
+                io.String.Input("name", default="default", tooltip="Each name is a memory of its own."),
+                io.Int.Input(
+                    "limit",
+                    default=256,
+                    min=1,
+                    max=100_000,
+                    tooltip="How many images of one model and size are kept at most; the oldest are forgotten first.",
+                ),
+            ],
+            outputs=[MemoryWire.Output(display_name="memory")],
+        )
+
+    @classmethod
+    def execute(cls, name: str, limit: int) -> io.NodeOutput:
+        return io.NodeOutput(_memory(name, limit))
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str, limit: int) -> str:
+        # With each image that is remembered, everything after this node is to run again, also with the same seed.
+        return state(_memory(name, limit).folder)
+
+
+class Remember(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShieldedRemember",
+            display_name="SPELL Remember",
+            category=CATEGORY,
+            description="Adds finished latents to a memory, so that later runs keep away from them. Put it after the "
+            "sampler.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="What the sampler gives."),
+                io.Model.Input("model", tooltip="The model that was sampled."),
+                MemoryWire.Input("memory"),
+            ],
+            outputs=[io.Latent.Output(tooltip="The latent, unchanged.")],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, latent: Any, model: Any, memory: Memory) -> io.NodeOutput:
+        latent_format = model.get_model_object("latent_format")
+        count = remember(memory, latent_format, latent_format.process_in(latent["samples"].float()))
+        logging.info(f"SPELL: {count} images of this model and size in memory {memory.folder.name!r}.")
+        return io.NodeOutput(latent)
+
+
+class Forget(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShieldedForget",
+            display_name="SPELL Forget",
+            category=CATEGORY,
+            description="Empties a memory each time it runs. Bypass it when that is done.",
+            inputs=[MemoryWire.Input("memory")],
+            outputs=[MemoryWire.Output(display_name="memory")],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, memory: Memory) -> io.NodeOutput:
+        forget(memory)
+        return io.NodeOutput(memory)
+
+
+NODES = [Spell, ProtectImages, ProtectFolder, OpenSet, UseMemory, Remember, Forget]
+
+
+def _input(path: str) -> Path:
+    return Path(folder_paths.get_input_directory()) / Path(path.strip()).expanduser()
+
+
+def _memory(name: str, limit: int) -> Memory:
+    return named(Path(folder_paths.get_user_directory()) / "shielded", name, limit)

@@ -1,0 +1,199 @@
+"""What the pipelines of diffusers do between pixels and the latents that their samplers see, in one table."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Family(NamedTuple):
+    """The pipelines that share one class of denoiser.
+
+    Images are multiples of `patch` times the autoencoder's factor. Samplers see latents (B, C, H, W), videos
+    (B, C, F, H, W), or, where they are packed, tokens of patch × patch latents each: (B, tokens, C · patch²).
+    """
+
+    patch: int = 1
+    packed: bool = False
+    video: bool = False
+
+
+FAMILIES = {  # by class of the denoiser
+    "UNet2DConditionModel": Family(),  # Stable Diffusion 1, 2 and XL
+    "SD3Transformer2DModel": Family(patch=2),
+    "DiTTransformer2DModel": Family(patch=2),
+    "PixArtTransformer2DModel": Family(patch=2),
+    "SanaTransformer2DModel": Family(),
+    "ZImageTransformer2DModel": Family(patch=2),
+    "FluxTransformer2DModel": Family(patch=2, packed=True),
+    "Flux2Transformer2DModel": Family(patch=2, packed=True),
+    "QwenImageTransformer2DModel": Family(patch=2, packed=True),
+    "WanTransformer3DModel": Family(patch=2, video=True),
+    "LTXVideoTransformer3DModel": Family(packed=True, video=True),
+}
+
+AUTOENCODERS = {  # by class, whether it works on videos; Qwen-Image's takes images as videos of one frame
+    "AutoencoderKL": False,
+    "AutoencoderTiny": False,
+    "AutoencoderDC": False,
+    "AutoencoderKLFlux2": False,
+    "AutoencoderKLQwenImage": True,
+    "AutoencoderKLWan": True,
+    "AutoencoderKLLTXVideo": True,
+}
+
+# Of the families above, but their samplers see other latents than the table says.
+_EXCEPTIONS = {"LTXImageToVideoPipeline": "its sampler does not see the first frame"}
+
+
+def parts(pipe: Any) -> tuple[nn.Module, nn.Module, Family]:
+    """The autoencoder, the denoiser and the family of a pipeline, without the wrappers of torch.compile.
+
+    Raises:
+        TypeError: if the pipeline is of a kind that is not supported.
+    """
+    name = type(pipe).__name__
+    denoisers = (getattr(pipe, role, None) for role in ("unet", "transformer", "transformer_2"))
+    denoiser = next((module for module in denoisers if module is not None), None)
+    vae = getattr(pipe, "vae", None)
+    vae, denoiser = getattr(vae, "_orig_mod", vae), getattr(denoiser, "_orig_mod", denoiser)
+    hint = "LatentSpace(shape) describes any space by its shape."
+    if name in _EXCEPTIONS:
+        raise TypeError(f"{name} is not supported: {_EXCEPTIONS[name]}. {hint}")
+    for role, module, known in (("autoencoder", vae, AUTOENCODERS), ("denoiser", denoiser, FAMILIES)):
+        if type(module).__name__ not in known:
+            raise TypeError(
+                f"{name} has the {role} {type(module).__name__}; supported are {', '.join(sorted(known))}. {hint}"
+            )
+    return vae, denoiser, FAMILIES[type(denoiser).__name__]
+
+
+def default_size(pipe: Any, vae: nn.Module, denoiser: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of what the pipeline makes when it is not told."""
+    given = inspect.signature(type(pipe).__call__).parameters
+    if "height" in given and given["height"].default is not None:
+        return given["height"].default, given["width"].default
+    sample_size = getattr(pipe, "default_sample_size", None) or denoiser.config.get("sample_size")
+    if sample_size is None:
+        return 1024, 1024  # Z-Image, whose pipeline says so in its code
+    rows, columns = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return rows * spatial_factor(vae), columns * spatial_factor(vae)
+
+
+def default_num_frames(pipe: Any) -> int:
+    """Frames of what the pipeline makes when it is not told; Wan's 81 where it goes by the video that it is given."""
+    given = inspect.signature(type(pipe).__call__).parameters
+    return given["num_frames"].default if "num_frames" in given else 81
+
+
+def spatial_factor(vae: nn.Module) -> int:
+    """Pixels per latent, on each side."""
+    return getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def temporal_factor(vae: nn.Module) -> int:
+    """Frames per latent frame, apart from the first."""
+    return getattr(vae, "temporal_compression_ratio", None) or vae.config.scale_factor_temporal
+
+
+def grid(vae: nn.Module, size: tuple[int, int], num_frames: int | None) -> tuple[int, ...]:
+    """Shape (C, H, W) of the latent of an image, (C, F, H, W) of a video, before it is packed."""
+    channels = vae.config.get("latent_channels") or vae.config.z_dim
+    frames = () if num_frames is None else ((num_frames - 1) // temporal_factor(vae) + 1,)
+    return channels, *frames, *(side // spatial_factor(vae) for side in size)
+
+
+def statistics(vae: nn.Module, patch: int | None) -> dict[str, Any]:
+    """How latents are normalised: `scaling` with `shift`, or with `mean` and `std` per channel that the sampler sees.
+
+    Args:
+        vae: the autoencoder.
+        patch: side of what one token holds, for packed latents.
+    """
+    config = vae.config
+    scaling = float(config.get("scaling_factor") or 1.0)
+    if hasattr(vae, "bn"):  # FLUX.2 normalises tokens
+        mean, std = vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).sqrt()
+        return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
+    buffers = dict(vae.named_buffers(recurse=False))  # LTX
+    mean, std = (buffers.get(name, config.get(name)) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return {"scaling": scaling, "shift": float(config.get("shift_factor") or 0.0)}
+    mean, std = (torch.as_tensor(x).float().repeat_interleave((patch or 1) ** 2).tolist() for x in (mean, std))
+    return {"scaling": scaling, "mean": tuple(mean), "std": tuple(std)}
+
+
+def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Mode (B, C, [F,] h, w) of the encoder's distribution for pixels (B, 3, [F,] height, width)."""
+    image = AUTOENCODERS.get(type(vae).__name__, False) and pixels.ndim == 4
+    output = vae.encode(pixels.unsqueeze(2) if image else pixels)
+    if hasattr(output, "latent_dist"):
+        z = output.latent_dist.mode()
+    else:
+        z = output.latents if hasattr(output, "latents") else output.latent
+    return z.squeeze(2) if image else z
+
+
+def decode(vae: nn.Module, z: Tensor) -> Tensor:
+    """Pixels (B, 3, [F,] height, width) of latents (B, C, [F,] h, w)."""
+    name = type(vae).__name__
+    image = AUTOENCODERS.get(name, False) and z.ndim == 4
+    # Newer decoders of LTX denoise too; the pipeline's default is time 0.
+    denoises = name == "AutoencoderKLLTXVideo" and vae.config.timestep_conditioning
+    time = (z.new_zeros(len(z)),) if denoises else ()
+    pixels = vae.decode(z.unsqueeze(2) if image else z, *time).sample
+    return pixels.squeeze(2) if image else pixels
+
+
+def pack(z: Tensor, patch: int) -> Tensor:
+    """(B, C, [F,] H, W) as tokens (B, F · H/patch · W/patch, C · patch²), in the order of FLUX, Qwen-Image and LTX."""
+    if z.ndim == 4:
+        z = z.unsqueeze(2)
+    b, c, f, h, w = z.shape
+    z = z.reshape(b, c, f, h // patch, patch, w // patch, patch).permute(0, 2, 3, 5, 1, 4, 6)
+    return z.reshape(b, f * (h // patch) * (w // patch), c * patch**2)
+
+
+def unpack(tokens: Tensor, patch: int, shape: tuple[int, ...]) -> Tensor:
+    """Undoes `pack`; shape is that of one latent, (C, [F,] H, W)."""
+    c, h, w = shape[0], *shape[-2:]
+    z = tokens.reshape(len(tokens), -1, h // patch, w // patch, c, patch, patch).permute(0, 4, 1, 2, 5, 3, 6)
+    return z.reshape(len(tokens), *shape)
+
+
+def encoder_sha256(vae: nn.Module) -> str:
+    """Digest of all weights on the way from image to latent, as float16: float32 and float16 loads agree.
+
+    Raises:
+        ValueError: if the weights are not at hand.
+    """
+    digest = hashlib.sha256()
+    for part in ("encoder", "quant_conv"):
+        module = getattr(vae, part, None)
+        for name, value in sorted(module.state_dict().items()) if module is not None else ():
+            if value.is_meta:
+                raise ValueError("The VAE's weights are offloaded; read the latent space before switching that on.")
+            digest.update(f"{part}.{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def ready(vae: nn.Module) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """The device and dtype for inputs; an autoencoder that overflows in float16 is in float32 meanwhile."""
+    # Accelerate's offloading moves the module to another device when it is called.
+    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield device, vae.dtype
+    finally:
+        if upcast:
+            vae.to(torch.float16)

@@ -1,0 +1,104 @@
+"""Pictures as pixels: colour modes, sizes, and tensors in [-1, 1] with a frame axis for videos."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB; what is transparent becomes white, 16-bit grey values are scaled to 8 bits.
+
+    Raises:
+        ValueError: for images of 32-bit numbers, whose range is unknown.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"an image of mode {image.mode} has no defined range of values; convert it to RGB")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """An image of any size and mode as a tensor (3, height, width) in [-1, 1]: short side resized, centre cut out."""
+    height, width = size
+    image = ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def clip_to_pixels(
+    item: Image.Image | Sequence[Image.Image], size: tuple[int, int], num_frames: int | None = None
+) -> Tensor:
+    """An image as (3, height, width); for videos the frames as (3, num_frames, height, width), an image shown still."""
+    if num_frames is None:
+        return to_pixels(item, size)
+    if isinstance(item, Image.Image):
+        return still(to_pixels(item, size), num_frames)
+    return torch.stack([to_pixels(frame, size) for frame in item], dim=1)
+
+
+def still(pixels: Tensor, num_frames: int) -> Tensor:
+    """(..., 3, height, width) shown for num_frames frames: (..., 3, num_frames, height, width)."""
+    return pixels.unsqueeze(-3).expand(*pixels.shape[:-2], num_frames, *pixels.shape[-2:])
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (N, 3, height, width) in [-1, 1] as N images."""
+    array = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def check_pixels(pixels: Tensor, size: tuple[int, int], num_frames: int | None = None) -> Tensor:
+    """The tensor itself; for videos, stills (B, 3, height, width) come back as (B, 3, num_frames, height, width).
+
+    Raises:
+        ValueError: another shape, integers, or values outside [-1, 1].
+    """
+    shapes = [(3, *size)] if num_frames is None else [(3, *size), (3, num_frames, *size)]
+    if tuple(pixels.shape[1:]) not in shapes or not pixels.is_floating_point():
+        expected = " or ".join(f"(B, {', '.join(map(str, shape))})" for shape in shapes)
+        raise ValueError(
+            f"Expected a float tensor {expected}; got {pixels.dtype} of shape {tuple(pixels.shape)}. "
+            "PIL images of any size are resized."
+        )
+    if pixels.numel():
+        low, high = pixels.min().item(), pixels.max().item()
+        if not (low >= -1.0001 and high <= 1.0001):
+            raise ValueError(f"Pixels must lie in [-1, 1]; got values from {low:g} to {high:g}.")
+        if low >= 0 and high > 0:
+            warnings.warn("No pixel is negative: these look like values in [0, 1], but [-1, 1] is meant.", stacklevel=4)
+    return still(pixels, num_frames) if num_frames is not None and pixels.ndim == 4 else pixels
+
+
+def check_images(images: Any, num_frames: int | None = None) -> list[Any]:
+    """The images as a list; for videos, each is an image or num_frames of them.
+
+    Raises:
+        TypeError: something else than PIL images.
+        ValueError: a video with another number of frames.
+    """
+    clips = "" if num_frames is None else f", videos as lists of {num_frames} of them"
+    hint = f"Expected a list of PIL images{clips} or a float tensor with values in [-1, 1]"
+    if isinstance(images, Image.Image) or not hasattr(images, "__iter__"):
+        raise TypeError(f"{hint}; got a single {type(images).__name__}.")
+    images = list(images)
+    for item in images:
+        frames = list(item) if num_frames is not None and isinstance(item, Sequence) else [item]
+        wrong = next((frame for frame in frames if not isinstance(frame, Image.Image)), None)
+        if wrong is not None:
+            raise TypeError(f"{hint}; got a list with {type(wrong).__name__}.")
+        if num_frames is not None and item is not frames[0] and len(frames) != num_frames:
+            raise ValueError(
+                f"A video has {len(frames)} frames, this latent space {num_frames}; choose as many, or pass "
+                "num_frames=... to LatentSpace.of."
+            )
+    return images

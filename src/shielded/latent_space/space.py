@@ -1,0 +1,263 @@
+"""`LatentSpace`: encode images as the sampler sees them, decode them again, and refuse what cannot be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shielded.latent_space import families
+from shielded.latent_space.pixels import check_images, check_pixels, clip_to_pixels, to_pil
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """A latent space as a sampler sees it, with the encoder that leads into it.
+
+    Distances only mean something between latents of one space, so whatever is stored carries the `fingerprint` of
+    the space it was made for. `LatentSpace(shape)` describes a space by its shape alone; `LatentSpace.of(pipe)` reads
+    everything off a pipeline.
+
+    A latent is `(z - shift) * scaling` for the mode z of the encoder's distribution, or `(z - mean) * scaling / std`
+    where the autoencoder has statistics per channel; z is packed into tokens first where the sampler sees tokens.
+
+    Args:
+        shape: shape of one latent, without the batch axis.
+        image_size: (height, width) in pixels of the images that the space stands for.
+        num_frames: number of frames of the videos that the space stands for; None: images.
+        patch: the sampler sees tokens of patch × patch latents each; None: it sees latents as they are.
+        scaling: the autoencoder's `scaling_factor`.
+        shift: the autoencoder's `shift_factor`.
+        mean: the autoencoder's `latents_mean`, one number per channel of what the sampler sees.
+        std: the autoencoder's `latents_std`, likewise.
+        vae_class: class name of the autoencoder.
+        vae_sha256: digest of the weights of its encoder, as float16.
+        vae: the autoencoder itself. It is neither stored nor compared.
+    """
+
+    shape: tuple[int, ...]
+    image_size: tuple[int, int] | None = None
+    num_frames: int | None = None
+    patch: int | None = None
+    scaling: float = 1.0
+    shift: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    vae_class: str | None = None
+    vae_sha256: str | None = None
+    vae: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.shape)
+        if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise ValueError(
+                f"shape must be positive integers such as (4, 64, 64), without the batch axis; got {shape}."
+            )
+        object.__setattr__(self, "shape", shape)
+
+    @classmethod
+    def of(
+        cls, pipe: Any, height: int | None = None, width: int | None = None, num_frames: int | None = None
+    ) -> LatentSpace:
+        """Reads the latent space off a diffusers pipeline.
+
+        Supported are the pipelines of Stable Diffusion 1, 2, XL and 3, DiT, PixArt, Sana, Z-Image, FLUX.1, FLUX.2 and
+        Qwen-Image, and of the video models Wan and LTX, including image to image, inpainting and ControlNet.
+
+        PixArt and Sana replace a size by the nearest one that they were trained on, unless they are called with
+        `use_resolution_binning=False`; the space is that of the size given here.
+
+        Args:
+            pipe: a pipeline.
+            height: height of the images in pixels; the pipeline's default if left out.
+            width: width of the images in pixels; the pipeline's default if left out.
+            num_frames: number of frames, for videos; the pipeline's default if left out.
+
+        Returns:
+            The space of the latents that `pipe.scheduler.step` is given.
+
+        Raises:
+            TypeError: if the pipeline is of a kind that is not supported.
+            ValueError: if a size does not fit the pipeline, or the encoder's weights are not at hand.
+        """
+        vae, denoiser, family = families.parts(pipe)
+        rows, columns = families.default_size(pipe, vae, denoiser)
+        height, width = height or rows, width or columns
+        multiple = families.spatial_factor(vae) * family.patch
+        if height % multiple or width % multiple:
+            raise ValueError(f"{type(pipe).__name__} needs a multiple of {multiple} pixels; got {height}x{width}.")
+        if family.video:
+            num_frames = num_frames or families.default_num_frames(pipe)
+            if (num_frames - 1) % families.temporal_factor(vae):
+                raise ValueError(
+                    f"{type(pipe).__name__} needs one frame more than a multiple of {families.temporal_factor(vae)}; "
+                    f"got {num_frames}."
+                )
+        elif num_frames is not None:
+            raise ValueError(f"{type(pipe).__name__} makes images; leave num_frames out.")
+        shape = families.grid(vae, (height, width), num_frames)
+        patch = family.patch if family.packed else None
+        if patch is not None:
+            shape = tuple(families.pack(torch.empty(1, *shape, device="meta"), patch).shape[1:])
+        return cls(
+            shape=shape,
+            image_size=(height, width),
+            num_frames=num_frames,
+            patch=patch,
+            vae_class=type(vae).__name__,
+            vae_sha256=families.encoder_sha256(vae),
+            vae=vae,
+            **families.statistics(vae, patch),
+        )
+
+    @property
+    def dim(self) -> int:
+        """Number of components of one latent."""
+        return int(np.prod(self.shape))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that two spaces share when their latents can be compared."""
+        parts: dict[str, Any] = {"shape": list(self.shape)}
+        if self.vae_sha256 is not None:
+            parts = self.to_json() | {"distribution": "mode"}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the autoencoder, in JSON types; `from_json` reads it back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vae"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LatentSpace:
+        """The space that `to_json` described. It has no autoencoder and so cannot encode."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+    def require_same(self, other: LatentSpace) -> None:
+        """Refuses a space whose latents cannot be compared with those of this one: another shape or another encoder.
+
+        Args:
+            other: the space to compare with.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        # Tokens of two sizes can have one shape; a space by shape alone says nothing about sizes.
+        sizes = () if None in (self.image_size, other.image_size) else ("image_size", "num_frames")
+        _refuse(self._differences(other, "shape", *sizes) + self._encoder_differences(other))
+
+    def require_same_encoder(self, other: LatentSpace) -> None:
+        """Like `require_same`, for spaces whose images may differ in size.
+
+        A space by shape alone says nothing about an encoder, so it passes.
+
+        Args:
+            other: the space to compare with.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        _refuse(self._encoder_differences(other))
+
+    def _differences(self, other: LatentSpace, *names: str) -> list[str]:
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return [
+            name if name in ("mean", "std") else f"{name} {mine} against {theirs}"  # these have up to 128 numbers
+            for name, mine, theirs in pairs
+            if mine != theirs
+        ]
+
+    def _encoder_differences(self, other: LatentSpace) -> list[str]:
+        if self.vae_sha256 is None or other.vae_sha256 is None:
+            return []
+        different = self._differences(other, "vae_class", "patch", "scaling", "shift", "mean", "std")
+        if not different and self.vae_sha256 != other.vae_sha256:
+            return ["the encoder's weights (loaded as float32 or float16 they are the same, as bfloat16 they are not)"]
+        return different
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Any] | Tensor, batch_size: int = 16) -> Tensor:
+        """Encodes images into the latents that a sampler would have to produce for them.
+
+        Args:
+            images: PIL images, which are brought to `image_size` (alpha over white, short side resized, centre cut
+                out), or a float tensor (B, 3, height, width) with values in [-1, 1]. For videos each is a list of
+                `num_frames` images, in a tensor (B, 3, num_frames, height, width); a single image is a video that
+                does not move.
+            batch_size: images per call of the encoder.
+
+        Returns:
+            Latents (B, *shape), float32, on the CPU.
+
+        Raises:
+            TypeError: if `images` is something else.
+            ValueError: if the space has no autoencoder, or size or range of a tensor or a number of frames are wrong.
+        """
+        vae = self._require_vae()
+        if isinstance(images, Tensor):
+            images = check_pixels(images, self.image_size, self.num_frames)
+        else:
+            images = check_images(images, self.num_frames)
+        mean, scale = self._normalisation()
+        latents = [torch.empty(0, *self.shape)]
+        with families.ready(vae) as (device, dtype):
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size]
+                if not isinstance(batch, Tensor):
+                    batch = torch.stack([clip_to_pixels(item, self.image_size, self.num_frames) for item in batch])
+                z = families.encode(vae, batch.to(device, dtype)).float().cpu()
+                latents.append(((z if self.patch is None else families.pack(z, self.patch)) - mean) * scale)
+        return torch.cat(latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 16) -> list[Any]:
+        """Decodes latents of the sampler.
+
+        Args:
+            latents: (B, *shape), any device.
+            batch_size: latents per call of the decoder.
+
+        Returns:
+            B images of `image_size`; for videos, B lists of `num_frames` images.
+
+        Raises:
+            ValueError: if the space has no autoencoder or the shape is wrong.
+        """
+        vae = self._require_vae()
+        if tuple(latents.shape[1:]) != self.shape:
+            raise ValueError(
+                f"latents must have the shape (B, {', '.join(map(str, self.shape))}); got {tuple(latents.shape)}."
+            )
+        mean, scale = self._normalisation()
+        images: list[Any] = []
+        with families.ready(vae) as (device, dtype):
+            for batch in latents.split(batch_size):
+                z = batch.detach().float().cpu() / scale + mean
+                if self.patch is not None:
+                    z = families.unpack(z, self.patch, families.grid(vae, self.image_size, self.num_frames))
+                pixels = families.decode(vae, z.to(device, dtype)).float().cpu()
+                images += [to_pil(clip) for clip in pixels.transpose(1, 2)] if pixels.ndim == 5 else to_pil(pixels)
+        return images
+
+    def _normalisation(self) -> tuple[Tensor | float, Tensor | float]:
+        """(mean, scale) with latent = (z - mean) * scale."""
+        if self.mean is None:
+            return self.shift, self.scaling
+        channels = (-1,) if self.patch is not None else (-1, *[1] * (len(self.shape) - 1))
+        return torch.tensor(self.mean).view(channels), self.scaling / torch.tensor(self.std).view(channels)
+
+    def _require_vae(self) -> nn.Module:
+        if self.vae is None or self.image_size is None:
+            raise ValueError("This latent space has no autoencoder; LatentSpace.of(pipe) gives one that can encode.")
+        return self.vae
+
+
+def _refuse(differences: list[str]) -> None:
+    if differences:
+        raise ValueError(f"These latent spaces differ, so distances would mean nothing: {'; '.join(differences)}.")

