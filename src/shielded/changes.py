@@ -1,0 +1,94 @@
+"""Light changes to a picture, as copies of it meet on their way: how far do they move its latents?"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+Change = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+def jpeg(quality: int) -> Change:
+    """Saved as JPEG with this quality and read again."""
+
+    def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file).convert("RGB")
+
+    return change
+
+
+def resize(share: float) -> Change:
+    """Made smaller to this share of width and height, and as large as before again."""
+
+    def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        small = max(1, round(share * image.width)), max(1, round(share * image.height))
+        return image.resize(small, Image.Resampling.LANCZOS).resize(image.size, Image.Resampling.BICUBIC)
+
+    return change
+
+
+def crop(share: float) -> Change:
+    """Cut off at each edge by this share of the side, at least a pixel, and as large as before again."""
+
+    def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        x, y = max(1, round(share * image.width)), max(1, round(share * image.height))
+        inner = image.crop((x, y, image.width - x, image.height - y))
+        return inner.resize(image.size, Image.Resampling.LANCZOS)
+
+    return change
+
+
+def shift(share: float) -> Change:
+    """Moved to the right by this share of the width, at least a pixel; the left edge is repeated."""
+
+    def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        pixels = max(1, round(share * image.width))
+        padded = np.pad(np.asarray(image), ((0, 0), (pixels, 0), (0, 0)), "edge")
+        return Image.fromarray(np.ascontiguousarray(padded[:, : image.width]))
+
+    return change
+
+
+def brightness(factor: float) -> Change:
+    """All values multiplied by a factor."""
+    return lambda image, rng: ImageEnhance.Brightness(image).enhance(factor)
+
+
+def contrast(factor: float) -> Change:
+    """Differences from the mean grey multiplied by a factor."""
+    return lambda image, rng: ImageEnhance.Contrast(image).enhance(factor)
+
+
+def noise(deviation: float) -> Change:
+    """Gaussian noise of this standard deviation, as a share of the range of values, for each pixel and colour."""
+
+    def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        values = np.asarray(image) + rng.normal(0, 255 * deviation, (image.height, image.width, 3))
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+    return change
+
+
+CHANGES: dict[str, Change] = {
+    "JPEG 90": jpeg(90),
+    "JPEG 75": jpeg(75),
+    "JPEG 50": jpeg(50),
+    "half size": resize(1 / 2),
+    "quarter size": resize(1 / 4),
+    "noise 2 %": noise(0.02),
+    "noise 5 %": noise(0.05),
+    "brightness +10 %": brightness(1.1),
+    "brightness -10 %": brightness(0.9),
+    "contrast +25 %": contrast(1.25),
+    "contrast -25 %": contrast(0.75),
+    "shift 1 %": shift(0.01),
+    "shift 3 %": shift(0.03),
+    "crop 1 %": crop(0.01),
+    "crop 5 %": crop(0.05),
+    "mirrored": lambda image, rng: ImageOps.mirror(image),
+}

@@ -1,0 +1,175 @@
+"""shielded calibrate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shielded.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Model,
+    Out,
+    Overwrite,
+    Seed,
+    Steps,
+    UsageError,
+    check_out,
+    errors,
+    positive,
+    show,
+)
+
+
+def calibrate(
+    out: Out = Path("calibration"),
+    model: Model = "emoji",
+    protect: Annotated[Path | None, typer.Option(help="The protected set to choose radii for.")] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Image file, folder or glob; may be repeated. Where the set's pictures are now or, without a set, "
+            "the pictures to measure among."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, a prompt per line, for plain images; default: captions of the embedded model."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=0, help="Plain images per prompt; 0 for none.")] = 4,
+    false_alarms: Annotated[
+        float, typer.Option(help="Share of different pictures that may lie within the suggested radius.")
+    ] = 0.01,
+    radius: Annotated[float | None, typer.Option(help="Report on this radius instead of suggesting one.")] = None,
+    per_image: Annotated[
+        bool, typer.Option("--per-image", help="Also write a radius for each protected picture (radii.csv).")
+    ] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Pictures that are changed and encoded again, at most.")] = 100,
+    seed: Seed = 0,
+    steps: Steps = 25,
+    device: Device = None,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Suggest a radius, with what it catches and touches, and measure the model's denoising error.
+
+    Example: shielded calibrate --protect my-set --out my-radius
+    """
+    with errors(debug):
+        if radius is not None:
+            positive(radius, "--radius")
+        if not 0 <= false_alarms < 1:
+            raise UsageError(f"--false-alarms must be from 0 to below 1, such as 0.01; got {false_alarms}.")
+        check_out(out, overwrite)
+        texts = None if prompts is None else [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+        if texts == []:
+            raise UsageError(f"{prompts} has no prompts; write one per line.")
+        if per_image and protect is None:
+            raise UsageError("--per-image writes radii for a protected set; give one with --protect.")
+        if protect is None and not images and (not seeds or (texts is None and model != "emoji")):
+            raise UsageError("nothing to measure; give --protect, --images or --prompts.")
+        from shielded import calibrate as job
+
+        out.mkdir(parents=True, exist_ok=True)
+        result = job.calibrate(
+            out,
+            model,
+            protect,
+            images or (),
+            texts or (),
+            seeds,
+            false_alarms,
+            radius,
+            per_image,
+            sample,
+            seed,
+            steps,
+            device,
+            progress=not as_json,
+        )
+        show(result, as_json, _summary(result, out))
+
+
+def _summary(result: dict[str, Any], out: Path) -> str:
+    lines = [*_protection(result), *_diversity(result), *_error(result), ""]
+    lines.append(f"Distances are L2 in the latent space of the model. All figures: {out / 'radius.json'}")
+    if result["plot"]:
+        lines.append(f"Plot: {out / 'radius.png'}")
+    else:
+        lines.append("No plot: that needs matplotlib (pip install matplotlib).")
+    return "\n".join(lines)
+
+
+def _protection(result: dict[str, Any]) -> list[str]:
+    found = result["protection"]
+    if found is None:
+        if "rows" not in result:
+            return []
+        return ["No radius for the set: it has no two different pictures; give --prompts to go by plain images."]
+    lines = [
+        f"{'Suggested radius' if found['suggested'] else 'Radius'} for the protected set: {found['radius']:.4g} "
+        f"({found['radius_per_sqrt_dim']:.3f} per √dim).",
+        f"{found['false_alarms']:.1%} of {found['n']} {found['basis']} lie closer than that to "
+        f"{'another' if found['basis'].startswith('different') else 'a protected one'}.",
+    ]
+    if found["n"] * found["tolerated"] < 1 and found["suggested"]:
+        lines.append(f"With {found['n']} of them the radius is the smallest distance seen; more would say more.")
+    if found["generations"] is not None:
+        count = result["distances"]["plain image to the set"]["n"]
+        lines.append(f"{found['generations']:.0%} of {count} plain images lie inside a shield and would be moved.")
+    if not found["copies"]:
+        return [*lines, "No file of the protected pictures was found: give --images for the rates of changed copies."]
+    return [*lines, "", *_copies(result)]
+
+
+def _copies(result: dict[str, Any]) -> list[str]:
+    """A row per kind of change, a column per radius."""
+    found = result["protection"]
+    columns = {}  # few pictures: several rates share a radius
+    for row in [found, *found["table"]]:
+        columns.setdefault(round(row["radius"], 9), row)
+    names = [f"r = {radius:.3g}" if row is found else f"{radius:.3g}" for radius, row in columns.items()]
+    rows = {"": names}
+    rows |= {kind: [f"{row['copies'][kind]:.0%}" for row in columns.values()] for kind in found["copies"]}
+    if "per_image" in result:
+        names.append("per image")
+        for kind, share in result["per_image"]["copies"].items():
+            rows[kind].append(f"{share:.0%}")
+    rows["false alarms"] = [f"{row['false_alarms']:.1%}" for row in columns.values()]
+    if found["generations"] is not None:
+        rows["plain images"] = [f"{row['generations']:.0%}" for row in columns.values()]
+    wide = max(map(len, rows))
+    return [
+        f"Share within the radius, for each kind of change {result['changed_pictures']} changed copies:",
+        *(f"{name:{wide}}" + "".join(f"{cell:>10}" for cell in cells) for name, cells in rows.items()),
+    ]
+
+
+def _diversity(result: dict[str, Any]) -> list[str]:
+    found = result["diversity"]
+    if found is None:
+        return []
+    of_one = f", and {found['same_prompt'] or 0:.0%} of {found['pairs_same_prompt']} pairs of one prompt"
+    return [
+        "",
+        f"Suggested radius for diversity: {found['radius']:.4g} ({found['radius_per_sqrt_dim']:.3f} per √dim). "
+        f"{found['other_prompt']:.1%} of {found['pairs_other_prompt']} pairs of plain images of different prompts are "
+        f"closer than that{of_one if found['pairs_same_prompt'] else ''}.",
+    ]
+
+
+def _error(result: dict[str, Any]) -> list[str]:
+    found = result["denoising_error"]
+    if "failed" in found:
+        return ["", f"The denoising error could not be measured: {found['failed']}"]
+    middle = min(range(len(found["levels"])), key=lambda i: abs(found["levels"][i] - 0.5))
+    return [
+        "",
+        f"Denoising error of {found['pictures']} pictures ({found['with_caption']} with caption): at noise level "
+        f"{found['levels'][middle]:.2f} {found['error'][middle]:.4g}, where {found['without_measurement'][middle]:.4g} "
+        "is assumed without calibration.json.",
+    ]
