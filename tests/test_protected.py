@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from shielded.latent_space import LatentSpace
-from shielded.protected import ProtectedSet, search, store
+from shielded.protected import ProtectedSet, protected_set, search, store
 
 SHAPE = (2, 3, 4)
 SPACE = LatentSpace(SHAPE)
@@ -253,28 +255,193 @@ def test_changes_are_the_same_in_memory_and_on_disk(tmp_path):
             assert current.verify()["rows"] == len(current) == len(model)
             if rows:
                 check_against_brute_force(current, z[:4], [3.0, 7.0], z[rows].half(), ks=(1,))
-    history = json.loads((tmp_path / "set" / "set.json").read_text())["history"]
-    assert [event["action"] for event in history[:4]] == ["create", "add", "add", "remove"]
-    assert [event["count"] for event in history[:4]] == [0, 3, 1, 2]
+    history = protected.history
+    assert [event["version"] for event in history] == list(range(1, len(steps) + 2))
+    assert [event["action"] for event in history[:7]] == ["create", "add", "add", "remove", "add", "remove", "compact"]
+    assert [event["count"] for event in history[:7]] == [0, 3, 1, 2, 2, 2, 2]
+    assert history[3]["ids"] == ["b", "d"]
     assert all(event["time"].endswith("+00:00") for event in history)
+
+
+def test_earlier_versions_open_until_they_are_compacted(tmp_path, monkeypatch):
+    monkeypatch.setattr(protected_set, "_SHARD_BYTES", 5 * 4 * SPACE.dim)  # five rows
+    protected = ProtectedSet.create(tmp_path / "set", SPACE)
+    z = randn(12, *SHAPE)
+    seen = {}
+
+    def remember():
+        seen[protected.version] = list(protected.ids), protected.vectors(range(len(protected)))
+
+    remember()
+    for first in (0, 1, 2, 4, 11):
+        protected.add(z[first : first + 3], [f"{first} {i}" for i in range(len(z[first : first + 3]))])
+        remember()
+        protected.remove([protected.ids[len(protected) // 2]])
+        remember()
+    for version, (ids, vectors) in seen.items():
+        old = ProtectedSet.open(tmp_path / "set", version)
+        assert (old.version, old.ids) == (version, ids)
+        assert torch.equal(old.vectors(range(len(old))), vectors)
+        assert len(old.history) == version
+    old.add(z[:1], ["later"])  # builds on the newest one
+    assert old.ids == [*ids, "later"]
+    for wrong in (0, old.version + 1):
+        with pytest.raises(ValueError, match=f"no version {wrong}; the newest is {old.version}"):
+            ProtectedSet.open(tmp_path / "set", wrong)
+    old.compact()
+    old.remove(["later"])
+    with pytest.raises(ValueError, match=r"Version 4 .* no longer exists: version 13 \(compact, .*; 13 to 14 can be"):
+        ProtectedSet.open(tmp_path / "set", 4)
+    assert ProtectedSet.open(tmp_path / "set", 13).ids == [*ids, "later"]
+    assert ProtectedSet.open(tmp_path / "set", 14).ids == ids
+
+
+def test_files_stay_few_and_the_manifest_small(tmp_path, monkeypatch):
+    """Rows that are added one at a time: files of 16 rows and the binary digits of the rest."""
+    monkeypatch.setattr(protected_set, "_SHARD_BYTES", 16 * 4 * SPACE.dim)
+    monkeypatch.setattr(store.os, "fsync", lambda _: None)
+    protected = ProtectedSet.create(tmp_path / "set", SPACE)
+    z = randn(75, *SHAPE)
+    for row in range(75):
+        protected.add(z[row : row + 1], [row])
+    rows = [entry["rows"] for entry in store.read_manifest(protected.path)["shards"]]
+    assert rows == [16, 16, 16, 16, 8, 2, 1]
+    assert len(list(protected.path.iterdir())) == len(rows) + 3
+    before = (protected.path / "set.json").stat().st_size
+    for row in range(0, 75, 3):
+        protected.remove([row])
+    assert (protected.path / "set.json").stat().st_size < before + 300
+    left = [row for row in range(75) if row % 3]
+    assert protected.ids == left
+    assert torch.equal(protected.vectors(range(50)), z[left])
+    protected.add(z[:40], range(1000, 1040))
+    assert [entry["rows"] for entry in store.read_manifest(protected.path)["shards"]][-4:] == [1, 16, 16, 8]
+    assert protected.ids[50:] == list(range(1000, 1040))
+    protected.compact()
+    rows = [entry["rows"] for entry in store.read_manifest(protected.path)["shards"]]
+    assert sum(rows) == 90
+    assert len(rows) <= 9
+    assert protected.ids[:50] == left
+    version = protected.version
+    protected.compact()  # nothing to do
+    assert protected.version == version
+
+
+def test_what_the_search_is_given(filled):
+    z = randn(9, *SHAPE)
+    filled.add(z[6:7], ["six"])
+    filled.add(z[7:], ["seven", "eight"])
+    filled.remove(["image 2", "seven"])
+    for protected in (filled, ProtectedSet.open(filled.path)):
+        vectors = protected._vectors
+        assert vectors.shape == (9, SPACE.dim)
+        assert vectors.alive.tolist() == [row not in (2, 7) for row in range(9)]
+        blocks = [block for _, block in vectors.parts()]
+        np.testing.assert_array_equal(np.concatenate(blocks), z.flatten(1).numpy())
+        assert [first for first, _ in vectors.parts()] == [0, 6]
+        assert [path.name for path in vectors.paths] == ["000001.safetensors", "000003.safetensors"]
+        assert not any(block.flags.writeable for block in blocks)
+        taken = vectors.take(np.array([8, 2, 8, 0]))
+        np.testing.assert_array_equal(taken, z.flatten(1).numpy()[[8, 2, 8, 0]])
+    assert ProtectedSet.create(filled.path, SPACE, overwrite=True)._vectors.alive is None
+
+
+def test_indexes_go_with_their_shards(filled):
+    index = filled.path / "000001.index.safetensors"
+    for name in (index.name, f"{index.name}.17.tmp", "000009.index.safetensors"):
+        (filled.path / name).touch()
+    filled.remove(["image 0"])
+    assert sorted(file.name for file in filled.path.glob("*.index.*")) == [index.name, f"{index.name}.17.tmp"]
+    filled.compact()
+    assert not list(filled.path.glob("*.index.*"))
+
+
+def test_the_posterior_radius(filled):
+    x, z = randn(3, *SHAPE, seed=4), randn(6, *SHAPE)
+    distance = brute_force(x, z)
+    radius = torch.linspace(4, 9, 6, dtype=torch.float64)
+    shrink = torch.tensor([0.0, 20.0, 1000.0])
+    inside = distance.square() < radius.square() - shrink[:, None]
+    assert inside.sum(1).tolist()[2] == 0 < inside.sum(1)[1] < inside.sum(1)[0]
+    hits = filled.within(x, radius, shrink=shrink)
+    assert torch.stack([hits.query, hits.row], 1).tolist() == inside.nonzero().tolist()
+    for wrong in (torch.ones(2), -torch.ones(3), torch.full((3,), float("nan"))):
+        with pytest.raises(ValueError, match="shrink must be"):
+            filled.within(x, radius, shrink=wrong)
+
+
+def test_columns_are_like_lists(tmp_path):
+    protected = ProtectedSet.create(tmp_path / "set", SPACE)
+    ids = ["a", 7, "7", "ünï\n", "", "e", "\udc80"]
+    digests = [f"{n:064x}" for n in range(1, 7)] + [None]
+    sources = [None, "b.png", *"cdefg"]
+    for start, end in ((0, 4), (4, 5), (5, 7)):
+        rows = slice(start, end)
+        protected.add(randn(end - start, *SHAPE), ids[rows], None, sources[rows], digests[rows])
+    protected.remove(["e"])
+    for values, column in ((ids, protected.ids), (sources, protected.sources), (digests, protected.sha256)):
+        values = values[:5] + values[6:]
+        assert (len(column), list(column), list(reversed(column))) == (6, values, values[::-1])
+        assert column == values
+        assert column != values[:5]
+        assert column != [*values[:5], "other"]
+        assert [column[i] for i in range(-6, 6)] == values + values
+        assert column[1:5:2] == values[1:5:2]
+        assert all(value in column for value in values)
+        assert column.index(values[4]) == 4
+        with pytest.raises(IndexError):
+            column[6]
+    assert "e" not in protected.ids
+    assert 8 not in protected.ids
+    assert None not in protected.ids
+    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        protected.add(randn(1, *SHAPE), ["x"], sha256=["abc"])
+
+
+def test_ids_whose_hashes_collide_are_told_apart(filled, monkeypatch):
+    monkeypatch.setattr("shielded.protected.columns.keys", lambda ids: np.zeros(len(ids), np.int64))
+    monkeypatch.setattr(protected_set, "keys", lambda ids: np.zeros(len(ids), np.int64))
+    protected = ProtectedSet.create(filled.path.parent / "other", SPACE)
+    protected.add(randn(3, *SHAPE), ["a", "b", "c"])
+    protected.add(randn(1, *SHAPE), ["d"])
+    protected.remove(["b", "d"])
+    assert protected.ids == ["a", "c"]
+    assert "b" not in protected.ids
+    with pytest.raises(ValueError, match="'c'"):
+        protected.add(randn(2, *SHAPE), ["b", "c"])
 
 
 def test_compact_leaves_nothing_of_a_removed_image(filled):
     gone = filled.vectors([2]).numpy().tobytes()
     filled.remove(["image 2"])
-    before = b"".join(file.read_bytes() for file in filled.path.iterdir())
-    assert gone in before
+    before = {file.name: file.read_bytes() for file in filled.path.iterdir()}
+    assert gone in before["000001.safetensors"]
     filled.compact()
-    after = b"".join(file.read_bytes() for file in filled.path.iterdir())
-    assert gone not in after
-    assert b"image 2" not in after
-    assert sorted(file.name for file in filled.path.glob("*.safetensors")) == ["000004.safetensors"]
+    after = {file.name: file.read_bytes() for file in filled.path.iterdir()}
+    assert sorted(after) == ["000003.safetensors", "history.jsonl", "lock", "set.json"]
+    assert gone not in b"".join(after.values())
+    assert b"image 1" in after["000003.safetensors"]
+    assert b"image 2" not in after["000003.safetensors"]
+    assert filled.history[2]["ids"] == ["image 2"]  # that it was removed stays on record
+
+
+def test_compact_leaves_what_does_not_change(filled, monkeypatch):
+    monkeypatch.setattr(protected_set, "_SHARD_BYTES", 6 * 4 * SPACE.dim)
+    filled.add(randn(6, *SHAPE, seed=1), names(6, "other"))
+    filled.add(randn(6, *SHAPE, seed=2), names(6, "third"))
+    filled.remove(["other 3"])
+    kept = {name: (filled.path / name).stat().st_ino for name in ("000001.safetensors", "000003.safetensors")}
+    filled.compact()
+    assert {name: (filled.path / name).stat().st_ino for name in kept} == kept
+    assert [entry["rows"] for entry in store.read_manifest(filled.path)["shards"]] == [6, 5, 6]
 
 
 def test_shards_are_readable_without_this_package(filled):
-    tensors = load_file(filled.path / "000002.safetensors")
+    tensors = load_file(filled.path / "000001.safetensors")
     assert torch.equal(tensors["latents"], randn(6, *SHAPE))
-    assert json.loads(bytes(tensors["rows"].tolist()))["ids"] == names(6)
+    torch.testing.assert_close(tensors["norms"], randn(6, *SHAPE).double().flatten(1).square().sum(1))
+    text, ends = bytes(tensors["ids"].tolist()), tensors["ids_offsets"].tolist()
+    assert [json.loads(text[a:b]) for a, b in pairwise(ends)] == names(6)
 
 
 def test_the_set_keeps_no_view_of_the_callers_tensor(filled):
@@ -368,7 +535,7 @@ def test_foreign_spaces_are_refused(filled):
 
 def test_any_flipped_byte_is_found(filled):
     filled.remove(["image 0"])
-    for name in ("set.json", "000002.safetensors"):
+    for name in ("set.json", "000001.safetensors", "000002.removed.safetensors", "history.jsonl"):
         file = filled.path / name
         content = file.read_bytes()
         for position in range(0, len(content), 37):
@@ -381,28 +548,114 @@ def test_any_flipped_byte_is_found(filled):
     assert filled.verify() == {"version": 3, "rows": 5, "shards": 1, "fingerprint": SPACE.fingerprint}
 
 
+@pytest.mark.parametrize("change", ["add", "compact"])
+def test_a_damaged_file_gets_no_new_checksum(filled, change):
+    filled.remove(["image 0"])
+    file = filled.path / "000001.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"000001\.safetensors is damaged"):
+        filled.compact() if change == "compact" else filled.add(randn(20, *SHAPE), range(20))
+    assert ProtectedSet.open(filled.path).version == 3
+
+
 def test_missing_and_truncated_files_are_named(filled):
-    shard = filled.path / "000002.safetensors"
+    shard = filled.path / "000001.safetensors"
     content = shard.read_bytes()
     for length in (0, 7, 100, len(content) - 1):
         shard.write_bytes(content[:length])
         for call in (filled.verify, lambda: ProtectedSet.open(filled.path)):
-            with pytest.raises(ValueError, match=r"000002\.safetensors is damaged"):
+            with pytest.raises(ValueError, match=r"000001\.safetensors is damaged"):
                 call()
     shard.unlink()
     for call in (filled.verify, lambda: ProtectedSet.open(filled.path)):
-        with pytest.raises(FileNotFoundError, match=r"000002\.safetensors is missing"):
+        with pytest.raises(FileNotFoundError, match=r"000001\.safetensors is missing"):
             call()
     (filled.path / "set.json").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"set\.json is damaged"):
         ProtectedSet.open(filled.path)
 
 
-def test_a_newer_format_is_refused(filled):
+def test_another_format_is_refused(filled):
     manifest = store.read_manifest(filled.path)
-    store.write_manifest(filled.path, {**manifest, "format": 2})
-    with pytest.raises(ValueError, match="format 2"):
+    store.write_manifest(filled.path, {**manifest, "format": 3})
+    with pytest.raises(ValueError, match="has format 3; this version of shielded reads format 2"):
         ProtectedSet.open(filled.path)
+    (filled.path / "set.json").write_text('{"format": 1, "sha256": "0", "version": 1}')
+    with pytest.raises(ValueError, match="has format 1"):
+        ProtectedSet.open(filled.path)
+
+
+def check_that_nothing_changed(protected, change, message):
+    before = ProtectedSet.open(protected.path)
+    with pytest.raises(OSError, match=message):
+        change()
+    after = ProtectedSet.open(protected.path)
+    assert (after.version, after.ids, after.verify()) == (before.version, before.ids, before.verify())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("action", ["add", "remove", "compact"])
+@pytest.mark.parametrize("file", ["shard", "set.json", "history.jsonl"])
+def test_a_full_disk(filled, monkeypatch, action, file):
+    filled.remove(["image 0"])
+    number = store.read_manifest(filled.path)["next_file"]
+    shard = f"{number:06d}{'.removed' if action == 'remove' else ''}.safetensors"
+    change = {
+        "add": lambda: filled.add(randn(2, *SHAPE), ["x", "y"]),
+        "remove": lambda: filled.remove(["image 1"]),
+        "compact": filled.compact,
+    }[action]
+    message = r"set cannot be written to: No space left on device; free some space\. The set stays"
+    if file == "history.jsonl":  # appended in place
+
+        def half_a_line(folder, *_):
+            with open(folder / file, "a") as history:
+                history.write('{"version": 4, "ti')
+            raise OSError(errno.ENOSPC, "full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "append_history", half_a_line)
+            check_that_nothing_changed(filled, change, message)
+    else:
+        draft = filled.path / f"{shard if file == 'shard' else file}.tmp"
+        draft.symlink_to("/dev/full")
+        check_that_nothing_changed(filled, change, message)
+        assert not draft.is_symlink()  # what was begun is gone
+    change()  # space again
+    assert ProtectedSet.open(filled.path).version == 4
+    filled.verify()
+
+
+def test_a_read_only_folder(filled, monkeypatch):
+    def read_only(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(store, "open", read_only, raising=False)
+    for change in (lambda: filled.remove(["image 1"]), filled.compact, lambda: filled.add(randn(1, *SHAPE), ["x"])):
+        with pytest.raises(OSError, match="set cannot be written to: Read-only file system; check the folder's"):
+            change()
+    opened = ProtectedSet.open(filled.path)
+    assert opened.nearest(randn(6, *SHAPE))[1] == [[name] for name in names(6)]
+
+
+def test_no_permission(filled):
+    if os.name != "posix" or os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    filled.path.chmod(0o500)
+    (filled.path / "lock").chmod(0o400)
+    try:
+        with pytest.raises(PermissionError, match="cannot be written to: Permission denied"):
+            filled.remove(["image 1"])
+        assert len(ProtectedSet.open(filled.path)) == 6
+    finally:
+        filled.path.chmod(0o700)
+
+
+def test_others_may_read(filled):
+    modes = {file.stat().st_mode & 0o777 for file in filled.path.iterdir()}
+    assert modes == {(filled.path / "set.json").stat().st_mode & 0o777}
 
 
 class Killed(BaseException):
@@ -410,7 +663,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("action", ["add", "remove", "compact"])
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("moment", range(10))
 def test_killed_at_any_moment(filled, monkeypatch, action, moment):
     """Interrupts before each rename and each flush to disk: a reader sees the old or the new version, and goes on."""
 
@@ -443,7 +696,7 @@ def test_killed_at_any_moment(filled, monkeypatch, action, moment):
             killed = False
         except Killed:
             killed = True
-    assert killed or moment >= 3
+    assert killed or moment >= 4
     seen = ProtectedSet.open(filled.path)
     assert seen.ids in (old, finished.ids)
     seen.verify()
@@ -455,6 +708,8 @@ def test_killed_at_any_moment(filled, monkeypatch, action, moment):
     seen.compact()
     assert len(list(filled.path.glob("*.safetensors"))) == 1
     assert not list(filled.path.glob("*.tmp"))
+    assert [event["version"] for event in seen.history] == list(range(1, seen.version + 1))
+    seen.verify()
 
 
 def test_a_killed_create_can_be_repeated(tmp_path, monkeypatch):
@@ -463,7 +718,7 @@ def test_a_killed_create_can_be_repeated(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             ProtectedSet.create(tmp_path / "set", SPACE)
     ProtectedSet.create(tmp_path / "set", SPACE)
-    assert sorted(file.name for file in (tmp_path / "set").iterdir()) == ["lock", "set.json"]
+    assert sorted(file.name for file in (tmp_path / "set").iterdir()) == ["history.jsonl", "lock", "set.json"]
 
 
 def test_readers_keep_their_version_while_a_writer_works(filled):

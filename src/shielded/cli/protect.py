@@ -2,52 +2,129 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, Model, Overwrite, check_out, errors, positive, show
+from shielded.cli.options import AsJson, Debug, Device, Model, Overwrite, UsageError, errors, positive, show
+from shielded.files import write_json
+
+if TYPE_CHECKING:
+    from shielded.protected import AddedImages, ProtectedSet
+
+_SHOWN = 20  # images that could not be read
 
 
 def protect(
-    paths: Annotated[list[str], typer.Argument(help="Image files, folders or globs.")],
     out: Annotated[Path, typer.Option("--out", help="The protected set.")],
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Images, folders, globs, tar archives (webdataset), parquet or Arrow files, @FILE of paths",
+            show_default=False,
+        ),
+    ] = None,
     model: Model = "emoji",
     radius: Annotated[
         float | None, typer.Option(help="Of the shields of these images, L2 in the latent space.")
     ] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Protect each image mirrored left to right too.")] = False,
     add: Annotated[
         bool, typer.Option("--add", help="Add to a set that exists; images in it are not encoded again.")
     ] = False,
+    remove: Annotated[
+        list[str] | None, typer.Option(help="Id of an image to remove, with its mirror image; may be repeated.")
+    ] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="Delete removed images from disk.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at an image that cannot be read.")] = False,
     device: Device = None,
     as_json: AsJson = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Encode images into a protected set.
+    """Encode images into a protected set; remove images from one.
+
+    A run that was stopped goes on where it was when it is started again.
 
     Example: shielded protect photos/ --out my-set --radius 18
     """
     with errors(debug):
         if radius is not None:
             positive(radius, "--radius")
-        if not add:
-            check_out(out, overwrite)
-        from shielded.latent_space import LatentSpace
-        from shielded.models import load
-        from shielded.protected import ProtectedSet, add_images, find_images
+        if not (paths or remove or compact):
+            raise UsageError("nothing to do; give images to protect, --remove ID or --compact.")
+        from shielded.protected import AddedImages, ProtectedSet
 
-        find_images(paths)  # a path that does not exist ends it before the model is loaded
-        space = LatentSpace.of(load(model, device))
-        exists = add and out.exists()
-        protected = ProtectedSet.open(out) if exists else ProtectedSet.create(out, space, overwrite=overwrite)
-        done = add_images(protected, paths, radius, strict, space=space)
-        for path, reason in done.skipped:
-            typer.echo(f"skipped {path}: {reason}", err=True)
-        result = {"set": str(out), "size": len(protected), "version": protected.version, **vars(done)}
-        counts = f"{done.added} added, {done.present} already present, {len(done.skipped)} skipped"
-        show(result, as_json, f"{out}: {counts}; {len(protected)} in all.")
-        if not len(protected):
+        done, removed = AddedImages(), 0
+        if remove:
+            removed = _remove(ProtectedSet.open(out), remove)
+        if paths:
+            job = {"paths": paths, "model": model, "radius": radius, "mirror": mirror}
+            done = _add(out, job, add or bool(remove), overwrite, strict, device, progress=not as_json)
+        protected = ProtectedSet.open(out)
+        if compact:
+            protected.compact()
+        _show_skipped(done)
+        result = {"set": str(out), "size": len(protected), "version": protected.version, "removed": removed}
+        counts = f"{done.added} added, {done.present} already present, {len(done.skipped)} skipped, {removed} removed"
+        show({**result, **vars(done)}, as_json, f"{out}: {counts}; {len(protected)} in all.")
+        if paths and not len(protected):
             raise ValueError("none of the images could be read; the set is empty.")
+
+
+def _remove(protected: ProtectedSet, ids: list[str]) -> int:
+    from shielded.protected.images import MIRRORED
+
+    mirrored = [MIRRORED + name for name in ids]
+    try:
+        protected.remove([*ids, *(name for name in mirrored if name in protected.ids and name not in ids)])
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+    return len(ids)
+
+
+def _add(
+    out: Path, job: dict[str, Any], add: bool, overwrite: bool, strict: bool, device: str | None, progress: bool
+) -> AddedImages:
+    """Encodes the images of a job into the set; goes on with the same job if that was stopped."""
+    from shielded.protected import ProtectedSet, add_images, store
+    from shielded.protected.sources import require_images
+
+    if out.is_file() or (out.is_dir() and not all(map(store.is_own, out.iterdir()))):
+        raise UsageError(f"{out} holds something else; give a protected set a folder of its own.")
+    note = out / store.UNFINISHED
+    goes_on = add or not overwrite
+    protected = ProtectedSet.open(out) if goes_on and (out / store.MANIFEST).exists() else None
+    if protected and not add and not (note.exists() and json.loads(note.read_text()) == job):
+        raise UsageError(f"{out} is a protected set already; use --add to add to it, or --overwrite to replace it.")
+    require_images(job["paths"])  # a path that does not exist ends it before the model is loaded
+
+    import torch
+
+    from shielded.latent_space import LatentSpace
+    from shielded.models import load
+
+    space = LatentSpace.of(load(job["model"], device))
+    if protected is None:
+        protected = ProtectedSet.create(out, space, torch.float16, overwrite)
+        write_json(note, job)
+    done = add_images(
+        protected, job["paths"], job["radius"], strict, space=space, mirror=job["mirror"], progress=progress
+    )
+    note.unlink(missing_ok=True)
+    return done
+
+
+def _show_skipped(done: AddedImages) -> None:
+    """The images that could not be read, as a table."""
+    if not done.skipped:
+        return
+    shown = done.skipped[:_SHOWN]
+    width = max(len(path) for path, _ in shown)
+    typer.echo(f"{len(done.skipped)} could not be read:", err=True)
+    for path, reason in shown:
+        typer.echo(f"  {path:<{width}}  {reason}", err=True)
+    if len(done.skipped) > len(shown):
+        typer.echo(f"  ... {len(done.skipped) - len(shown)} more; --json names all of them", err=True)

@@ -1,23 +1,32 @@
-"""From image files to a protected set."""
+"""From images to a protected set: read and decode in threads, encode in batches, save now and then."""
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterable, Iterator
+import hashlib
+import io
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
-from pathlib import Path
 
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
-from ..latent_space import LatentSpace, to_rgb
+from ..latent_space import LatentSpace, to_pixels, to_rgb
+from . import sources
 from .protected_set import ProtectedSet
-from .store import file_sha256
+from .sources import Paths, Picture, find_images
 
-_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-Paths = str | Path | Iterable[str | Path]
+MIRRORED = "mirrored:"  # what the id of a mirrored image begins with
+_SAVE_SECONDS = 30.0  # of work that a kill may cost
+_SAVE_BYTES = 1 << 26  # of latents that wait to be saved
 
 
 @dataclass
@@ -25,9 +34,9 @@ class AddedImages:
     """What became of the images.
 
     Args:
-        added: how many were encoded and added.
+        added: how many were encoded and added, mirrored ones counted on their own.
         present: how many were in the set already, or were given twice.
-        skipped: path and reason of each file that could not be decoded.
+        skipped: path and reason of each image that could not be read.
     """
 
     added: int = 0
@@ -55,9 +64,13 @@ def load_images(
     loaded, skipped = [], []
     taken: set[str | int] = set()
     for name, path in find_images(paths):
-        image = _open(path, strict, skipped)
-        if image is not None:
-            loaded.append((_unique(name, taken), image, str(path), file_sha256(path)))
+        try:
+            data = path.read_bytes()
+            image = _decode(data)
+        except Exception as error:  # decoders raise all kinds of errors on broken files
+            _skip(str(path), error, strict, skipped)
+        else:
+            loaded.append((_unique(name, taken), image, str(path), hashlib.sha256(data).hexdigest()))
     return loaded, skipped
 
 
@@ -68,104 +81,149 @@ def add_images(
     strict: bool = False,
     batch_size: int = 32,
     space: LatentSpace | None = None,
+    mirror: bool = False,
+    progress: bool = True,
 ) -> AddedImages:
-    """Encodes images into a protected set, with a progress bar.
+    """Encodes images into a protected set.
 
-    An image whose file (by SHA-256) is in the set already is not encoded again, so a run that was interrupted goes on
-    where it stopped.
+    An image whose bytes (by SHA-256) are in the set already is not encoded again, so a run that was interrupted goes
+    on where it stopped. What has been encoded is saved every half minute and when the run ends, however it ends short
+    of a kill.
 
     Args:
         protected: the set to add to.
-        paths: one or several files, folders or globs.
+        paths: one or several files, folders, globs, tar archives, parquet or Arrow files, or @FILE with a path on each
+            line (`sources.pictures`).
         radius: of the shields, L2 in the latent space; None leaves it open.
-        strict: raise if a file cannot be decoded, instead of skipping it.
+        strict: raise if an image cannot be read, instead of skipping it.
         batch_size: images per call of the encoder.
         space: the space with its autoencoder, `LatentSpace.of(pipe)`; needed for a set that was opened.
+        mirror: also protect each image mirrored left to right, as `mirrored:ID`.
+        progress: whether a progress bar is shown.
 
     Returns:
-        How many images were added and how many were present, and which files were skipped.
+        How many images were added and how many were present, and which were skipped.
 
     Raises:
         FileNotFoundError: if a path does not exist, or there is no image in it.
-        ValueError: if the space is not that of the set or cannot encode, or `strict` and a file cannot be decoded.
+        ValueError: if the space is not that of the set or cannot encode, or `strict` and an image cannot be read.
+        RuntimeError: if another process is writing to the set.
+        OSError: if the disk is full or the folder read-only.
     """
     space = space or protected.space
     protected.require_space(space)
+    space.encode([])  # refuses a space without an autoencoder before anything is read
+    sources.require_images(paths)
     result = AddedImages()
-    files = find_images(paths)
-    with tqdm(total=len(files), desc="protect", unit="image") as progress:
-        images = _new_images(protected, files, strict, result, progress)
-        # Each batch is a version of its own: what has been encoded stays, whatever happens next.
-        while batch := list(islice(images, batch_size)):
-            ids, pictures, sources, sha256 = zip(*batch, strict=True)
-            protected.add(space.encode(pictures, batch_size), ids, radius, sources, sha256)
-            result.added += len(batch)
-            progress.update(len(batch))
+    latents: list[Tensor] = []
+    names: list[tuple[str, str, str]] = []  # id, source and digest of each encoded image
+    saved = time.monotonic()
+
+    def save() -> None:
+        if names:
+            encoded, rows = torch.cat(latents), list(names)
+            latents.clear()
+            names.clear()
+            ids, origins, digests = zip(*rows, strict=True)
+            protected.add(encoded, ids, radius, origins, digests)
+            result.added += len(rows)
+
+    total = sources.count(paths) if progress else None
+    bar = tqdm(total=total, desc="protect", unit="image", disable=not progress)
+    with bar, closing(_new_rows(protected, paths, space, mirror, strict, batch_size, result, bar)) as rows:
+        try:
+            # Whole batches are saved, so that a run that goes on forms the same batches as one that was not disturbed.
+            while batch := list(islice(rows, batch_size)):
+                latents.append(_encode(space, [pixels for _, pixels in batch]))
+                names += [name for name, _ in batch]
+                if time.monotonic() - saved >= _SAVE_SECONDS or sum(part.nbytes for part in latents) >= _SAVE_BYTES:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            save()
     return result
 
 
-def find_images(paths: Paths) -> list[tuple[str, Path]]:
-    """The image files of files, folders and globs: (path relative to the given one without suffix, path), each once.
+def _new_rows(
+    protected: ProtectedSet,
+    paths: Paths,
+    space: LatentSpace,
+    mirror: bool,
+    strict: bool,
+    ahead: int,
+    result: AddedImages,
+    bar: tqdm,
+) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
+    """(id, source, digest) and pixels of each image that is not in the set yet and can be decoded, in order."""
+    taken: set[str | int] = set()
+    seen: set[bytes] = set()
+    for name, digest in zip(protected.ids, protected.sha256, strict=True):
+        taken.add(name)
+        if digest is not None:
+            seen.add(_key(bytes.fromhex(digest), str(name).startswith(MIRRORED)))
+    versions = (False, True) if mirror else (False,)
 
-    Raises:
-        FileNotFoundError: if a path does not exist, or there is no image in it.
-    """
-    found: dict[Path, tuple[str, Path]] = {}
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        root, files = _files(Path(path))
-        if not files:
-            raise FileNotFoundError(f"No images at {path}; expected an image, a folder of images or a glob.")
-        for file in files:
-            name = file.relative_to(root).with_suffix("").as_posix()
-            found.setdefault(file.resolve(), (name, file))
-    return list(found.values())
+    def prepare(picture: Picture) -> tuple[bytes, Tensor | None] | Exception:
+        try:
+            data = picture.read()
+            digest = hashlib.sha256(data).digest()
+            known = all(_key(digest, mirrored) in seen for mirrored in versions)
+            return digest, None if known else to_pixels(_decode(data), space.image_size)
+        except Exception as error:  # decoders raise all kinds of errors on broken files
+            return error
 
-
-def _files(path: Path) -> tuple[Path, list[Path]]:
-    """The images that a path stands for, in order, and the folder that their names are relative to."""
-    if path.is_dir():
-        return path, sorted(file for file in path.rglob("*") if _is_image(file))
-    if path.is_file():
-        return path.parent, [path]
-    root = path
-    while glob.has_magic(str(root)):
-        root = root.parent
-    return root, sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if _is_image(file))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and path.is_file()
-
-
-def _new_images(
-    protected: ProtectedSet, files: list[tuple[str, Path]], strict: bool, result: AddedImages, progress: tqdm
-) -> Iterator[tuple[str, Image.Image, str, str]]:
-    """(id, image, source, digest) of each file that is not in the set yet and can be decoded."""
-    taken, digests = set(protected.ids), set(protected.sha256)
-    for name, path in files:
-        digest = file_sha256(path)
-        if digest in digests:
-            result.present += 1
-            progress.update()
+    for picture, prepared in _in_threads(prepare, sources.pictures(paths), ahead):
+        bar.update()
+        if isinstance(prepared, Exception):
+            _skip(picture.source, prepared, strict, result.skipped)
             continue
-        image = _open(path, strict, result.skipped)
-        if image is None:
-            progress.update()
-            continue
-        digests.add(digest)
-        yield _unique(name, taken), image, str(path), digest
+        digest, pixels = prepared
+        missing = [mirrored for mirrored in versions if _key(digest, mirrored) not in seen]
+        result.present += not missing
+        for mirrored in missing:
+            seen.add(_key(digest, mirrored))
+            name = _unique(MIRRORED + picture.name if mirrored else picture.name, taken)
+            yield (name, picture.source, digest.hex()), pixels.flip(-1) if mirrored else pixels
 
 
-def _open(path: Path, strict: bool, skipped: list[tuple[str, str]]) -> Image.Image | None:
-    """An image, upright and in RGB; None, with the reason in `skipped`, if it cannot be decoded."""
+def _key(digest: bytes, mirrored: bool) -> bytes:
+    return digest + b"m" if mirrored else digest
+
+
+def _in_threads(
+    function: Callable[[Picture], object], items: Iterable[Picture], ahead: int
+) -> Iterator[tuple[Picture, object]]:
+    """(item, function(item)) in order, `ahead` of them computed in advance. Pillow decodes without Python's lock."""
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    pending: deque[tuple[Picture, Future]] = deque()
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders raise all kinds of errors on broken files
-        if strict:
-            raise ValueError(f"{path} cannot be decoded: {error}") from error
-        skipped.append((str(path), str(error)))
-        return None
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
+            if len(pending) > ahead:
+                first, future = pending.popleft()
+                yield first, future.result()
+        for first, future in pending:
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode(space: LatentSpace, pixels: list[Tensor]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a batch of bright images is no mistake
+        return space.encode(torch.stack(pixels), len(pixels))
+
+
+def _decode(data: bytes) -> Image.Image:
+    """An image, upright and in RGB."""
+    with Image.open(io.BytesIO(data)) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def _skip(path: str, error: Exception, strict: bool, skipped: list[tuple[str, str]]) -> None:
+    if strict:
+        raise ValueError(f"{path} cannot be decoded: {error}") from error
+    skipped.append((path, str(error)))
 
 
 def _unique(name: str, taken: set[str | int]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,45 @@ from torch import Tensor
 
 from ..latent_space import LatentSpace
 from . import search, store
+from .columns import Column, Digests, Ids, Rows, Texts, keys
 from .search import Hits
-from .store import Rows
+from .vectors import Vectors
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_SHARD_BYTES = 1 << 26  # of latents in one file, unless a single row is larger
+_CHUNK = 1 << 24  # numbers that are brought to float32 at once
 
 
 class ProtectedSet:
     """The images that samples must stay away from, as latents in a folder.
 
-    `ProtectedSet.create(path, space)` and `ProtectedSet.open(path)` make one. An open set is a snapshot: it holds all
-    rows in memory and keeps working while another process writes; its own changes build on whatever is on disk by then.
-    Row numbers are positions in `ids` and change when rows are removed.
+    `ProtectedSet.create(path, space)` and `ProtectedSet.open(path)` make one. An open set is a snapshot: it keeps
+    working while another process writes, and its own changes build on whatever is on disk by then. Latents, ids,
+    sources and digests stay on disk and are mapped into memory, so a set may be far larger than that. Row numbers are
+    positions in `ids` and change when rows are removed.
 
     Attributes:
         path: the folder.
         space: the `LatentSpace` of the references. It has no autoencoder if the set was opened.
         version: grows by one with every change.
-        ids: name of each row.
-        radii: (K,) float64 CPU tensor, radius of each row's shield, NaN where none was given.
-        sources: where each row's image came from, or None.
-        sha256: digest of each row's image file, or None.
+        ids: name of each row, like a list.
+        sources: where each row's image came from, or None, like a list.
+        sha256: digest of each row's image file, or None, like a list.
     """
 
     path: Path
     space: LatentSpace
     version: int
-    ids: list[str | int]
-    radii: Tensor
-    sources: list[str | None]
-    sha256: list[str | None]
+    ids: Ids
+    sources: Column
+    sha256: Column
 
-    def __init__(self, path: Path, manifest: dict[str, Any], space: LatentSpace) -> None:
+    def __init__(self, path: Path, manifest: store.Manifest, space: LatentSpace, version: int | None = None) -> None:
         """For `create` and `open`."""
         self.path = path
         self.space = space
-        self._load(manifest)
+        self._files: dict[str, Rows] = {}
+        self._load(manifest, version)
 
     @classmethod
     def create(
@@ -60,7 +64,8 @@ class ProtectedSet:
         Args:
             path: a folder that is empty or does not exist yet.
             space: the space that the references live in.
-            dtype: torch.float32, or torch.float16 for half the size. Distances are those to the stored vectors.
+            dtype: torch.float32, or torch.float16 for half the size. Distances are those to the stored vectors, which
+                float16 moves by at most 2⁻¹¹ of their norm.
             overwrite: replace a set that is already there.
 
         Returns:
@@ -74,50 +79,53 @@ class ProtectedSet:
         name = str(dtype).removeprefix("torch.")
         if _DTYPES.get(name) != dtype:
             raise ValueError(f"A protected set stores torch.float32 or torch.float16; got {dtype}.")
-        path.mkdir(parents=True, exist_ok=True)
+        with store.explained(path):
+            path.mkdir(parents=True, exist_ok=True)
         if not all(store.is_own(file) for file in path.iterdir()):
             raise FileExistsError(f"{path} holds other files; give a protected set a folder of its own.")
         with store.writing(path):
-            version = 1
+            manifest = {"version": 0, "next_file": 1, "history": {"bytes": 0, "sha256": ""}}
             if (path / store.MANIFEST).exists():
                 if not overwrite:
                     raise FileExistsError(f"{path} is a protected set already; open it, or pass overwrite=True.")
                 # Numbers go on, so that no reader of the old set takes a new file for one of its own.
-                version = store.read_manifest(path)["version"] + 1
-            manifest = {
+                manifest = store.read_manifest(path)
+            manifest |= {
                 "format": store.FORMAT,
-                "version": version,
                 "space": space.to_json(),
                 "fingerprint": space.fingerprint,
                 "dtype": name,
                 "shards": [],
-                "history": [_event(version, "create", 0)],
+                "removed": None,
+                "oldest": manifest["version"] + 1,
             }
-            store.write_manifest(path, manifest)
+            manifest = _commit(path, manifest, "create", 0)
             store.delete_unused(path, manifest)
         return cls(path, manifest, space)
 
     @classmethod
-    def open(cls, path: str | Path) -> ProtectedSet:
-        """Reads a set into memory.
+    def open(cls, path: str | Path, version: int | None = None) -> ProtectedSet:
+        """Opens a set.
 
         Args:
             path: the folder of the set.
+            version: None for the set as it is now, or the number of an earlier version, which can be opened until
+                `compact` deletes what has been removed since.
 
         Returns:
-            The set as it is now.
+            The set.
 
         Raises:
             FileNotFoundError: if there is no set, or one of its files is missing.
-            ValueError: if one of its files is damaged.
+            ValueError: if one of its files is damaged, or the version does not exist or no longer does.
         """
         path = Path(path)
         manifest = store.read_manifest(path)
         while True:
             try:
-                return cls(path, manifest, LatentSpace.from_json(manifest["space"]))
+                return cls(path, manifest, LatentSpace.from_json(manifest["space"]), version)
             except FileNotFoundError:
-                # A writer may have compacted the set between the two reads; then there is a newer manifest.
+                # A writer may have replaced files between the two reads; then there is a newer manifest.
                 newer = store.read_manifest(path)
                 if newer["version"] == manifest["version"]:
                     raise
@@ -144,21 +152,28 @@ class ProtectedSet:
             TypeError: if latents or ids have the wrong type.
             ValueError: if shapes, values or ids are not as above.
             RuntimeError: if another process is writing.
+            OSError: if the disk is full or the folder read-only.
         """
         rows = self._checked_rows(latents, ids, radius, sources, sha256)
-        if not rows.ids:
+        if not len(rows):
             return
         with store.writing(self.path):
             self._refresh()
-            known = set(self.ids).intersection(rows.ids)
+            known = self.ids.find(list(rows.ids))
             if known:
                 raise ValueError(f"{len(known)} of the ids are in the set already: {_few(known)}.")
-            entry = store.write_shard(self.path, self.version + 1, rows)
-            self._commit("add", len(rows.ids), [*self._manifest["shards"], entry])
-        self._append(rows)
+            shards = self._manifest["shards"]
+            kept = self._untouched(len(rows))
+            for entry in shards[kept:]:
+                store.check_file(self.path, entry)  # what is damaged must not get a new checksum
+            merged = Rows.concatenate([*self._shards[kept:], rows])
+            entries = self._write(merged, self._manifest["next_file"])
+            self._commit("add", len(rows), [*shards[:kept], *entries])
+            if kept < len(shards):
+                store.delete_unused(self.path, self._manifest)
 
     def remove(self, ids: Sequence[str | int]) -> None:
-        """Removes references. Their vectors stay on disk until `compact`.
+        """Removes references from now on. Their vectors stay on disk until `compact`, their ids in the history.
 
         Args:
             ids: names of rows; all of them are removed or, on any error, none.
@@ -166,33 +181,38 @@ class ProtectedSet:
         Raises:
             KeyError: naming the ids that the set does not have.
             RuntimeError: if another process is writing.
+            OSError: if the disk is full or the folder read-only.
         """
-        gone = set(_id_list(ids))
+        gone = list(dict.fromkeys(_id_list(ids)))
         if not gone:
             return
         with store.writing(self.path):
             self._refresh()
-            unknown = gone.difference(self.ids)
+            found = self.ids.find(gone)
+            unknown = set(gone).difference(found)
             if unknown:
                 raise KeyError(f"The protected set has no {_few(unknown)}.")
-            shards, start = [], 0
-            for entry in self._manifest["shards"]:
-                live = self.ids[start : start + entry["rows"] - len(entry["removed"])]
-                start += len(live)
-                shards.append({**entry, "removed": [*entry["removed"], *(name for name in live if name in gone)]})
-            self._commit("remove", len(gone), shards)
-        self._keep(self._rows().without(list(gone)))
+            rows = np.append(self._removed[0], list(found.values()))
+            versions = np.append(self._removed[1], np.full(len(found), self.version + 1))
+            order = np.argsort(rows)
+            entry = store.write_removed(self.path, self._manifest["next_file"], rows[order], versions[order])
+            self._commit("remove", len(gone), self._manifest["shards"], removed=entry, ids=gone)
+            store.delete_unused(self.path, self._manifest)
 
     def compact(self) -> None:
-        """Rewrites the set as one shard and deletes what was removed from disk.
+        """Deletes the vectors of removed references from disk and joins small files; older versions go with them.
+
+        Only files that change are written anew. The version stays the same if there is nothing to do.
 
         Raises:
             RuntimeError: if another process is writing.
+            OSError: if the disk is full or the folder read-only.
         """
         with store.writing(self.path):
             self._refresh()
-            shards = [store.write_shard(self.path, self.version + 1, self._rows())] if self.ids else []
-            self._commit("compact", len(self), shards)
+            shards = self._compacted()
+            if shards != self._manifest["shards"]:
+                self._commit("compact", len(self), shards, removed=None, oldest=self.version + 1)
             store.delete_unused(self.path, self._manifest)
 
     def verify(self) -> dict[str, Any]:
@@ -206,15 +226,15 @@ class ProtectedSet:
             ValueError: naming a damaged file.
         """
         manifest = store.read_manifest(self.path)
-        rows = 0
-        for entry in manifest["shards"]:
-            store.check_shard(self.path, entry)
-            rows += entry["rows"] - len(entry["removed"])
+        removed = [] if manifest["removed"] is None else [manifest["removed"]]
+        for entry in [*manifest["shards"], *removed]:
+            store.check_file(self.path, entry)
+        store.read_history(self.path, manifest)
         if LatentSpace.from_json(manifest["space"]).fingerprint != manifest["fingerprint"]:
             raise ValueError(f"{self.path / store.MANIFEST} is damaged: its fingerprint is not that of its space.")
         return {
             "version": manifest["version"],
-            "rows": rows,
+            "rows": sum(entry["rows"] for entry in manifest["shards"]) - sum(entry["rows"] for entry in removed),
             "shards": len(manifest["shards"]),
             "fingerprint": manifest["fingerprint"],
         }
@@ -236,10 +256,25 @@ class ProtectedSet:
     def __repr__(self) -> str:
         return f"ProtectedSet({str(self.path)!r}, {len(self)} rows of shape {self.space.shape}, version {self.version})"
 
+    @cached_property
+    def radii(self) -> Tensor:
+        """(K,) float64 on the CPU: radius of each row's shield, NaN where none was given."""
+        return torch.from_numpy(self._live_values([rows.radii for rows in self._shards]))
+
     @property
     def energy(self) -> float:
         """Mean of ‖z‖² over the references, 0 if there are none."""
-        return float(self._squared_norms().mean()) if self.ids else 0.0
+        return float(self._norms().mean()) if len(self) else 0.0
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What happened up to this version, oldest first.
+
+        Each entry has `version`, `time` (UTC), `action` (create, add, remove or compact) and `count`, how many rows
+        were added or removed, or are there after compacting; entries of `remove` also have the `ids`.
+        """
+        events = store.read_history(self.path, self._manifest)
+        return [event for event in events if event["version"] <= self.version]
 
     def vectors(self, rows: Tensor | Sequence[int]) -> Tensor:
         """The references of the given rows.
@@ -249,26 +284,36 @@ class ProtectedSet:
 
         Returns:
             (P, *shape) float32, on the device of `rows`.
+
+        Raises:
+            IndexError: if there is no such row.
         """
         rows = torch.as_tensor(rows, dtype=torch.int64)
-        return self._matrix()[rows.cpu()].float().to(rows.device).unflatten(1, self.space.shape)
+        numbers = rows.cpu().numpy()
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
+            raise IndexError(f"The protected set has the rows 0 to {len(self) - 1}; got {numbers.tolist()[:3]}.")
+        stored = numbers if self._live is None else self._live[numbers]
+        return torch.from_numpy(self._vectors.take(stored)).to(rows.device).unflatten(1, self.space.shape)
 
-    def within(self, x0: Tensor, radius: float | Tensor | None = None) -> Hits:
+    def within(self, x0: Tensor, radius: float | Tensor | None = None, shrink: Tensor | None = None) -> Hits:
         """Finds every reference that is nearer than its radius, strictly: d < r. None is missed.
 
         Args:
             x0: (B, *shape), any floating dtype and device.
             radius: L2: one number, one per row (K,), one per image and row (B, K), or None for the set's own radii.
+            shrink: (B,) what is subtracted from the squared radii of each image (posterior radius); a radius that it
+                brings to 0 finds nothing.
 
         Returns:
             The hits, on the device of `x0`.
 
         Raises:
-            ValueError: if the shape of `x0` is wrong, a value is not finite, or a radius is missing or negative.
+            ValueError: if the shape of `x0` is wrong, a value is not finite, or a radius or `shrink` is missing or
+                negative.
         """
         x = self._checked_queries(x0)
         radii = self._checked_radius(radius, len(x))
-        query, row, distance = search.within(x, self._matrix(), self._squared_norms(), radii)
+        query, row, distance = self._search_within(x, radii, _checked_shrink(shrink, len(x)))
         return Hits(*(_like(part, x0) for part in (query, row, distance)))
 
     def nearest(self, x0: Tensor, k: int = 1) -> tuple[Tensor, list[list[str | int]]]:
@@ -290,55 +335,100 @@ class ProtectedSet:
     def nearest_rows(self, x0: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """Like `nearest`, with row numbers (B, k) instead of ids."""
         x = self._checked_queries(x0)
-        if not self.ids:
+        if not len(self):
             raise ValueError(f"The protected set at {self.path} is empty, so nothing is nearest; add references first.")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows of the set; got {k}.")
-        distances, rows = search.nearest(x, self._matrix(), self._squared_norms(), k)
+        distances, rows = self._search_nearest(x, k)
         return _like(distances, x0), _like(rows, x0)
 
-    # ---- the rows in memory ----
+    # ---- the search, a block at a time ----
 
-    def _load(self, manifest: dict[str, Any]) -> None:
-        dtype = _DTYPES[manifest["dtype"]]
-        parts = [store.read_shard(self.path, entry) for entry in manifest["shards"]]
-        empty = Rows(torch.empty(0, *self.space.shape, dtype=dtype), torch.empty(0, dtype=torch.float64), [], [], [])
-        parts = [empty, *parts]
-        # Copies: the tensors of a shard are views of its file.
-        rows = Rows(
-            torch.cat([part.latents for part in parts]),
-            torch.cat([part.radii for part in parts]),
-            *([name for part in parts for name in getattr(part, kind)] for kind in ("ids", "sources", "sha256")),
-        )
-        self._manifest, self.version, self._dtype = manifest, manifest["version"], dtype
-        self._keep(rows)
+    def _search_within(self, x: np.ndarray, radius: np.ndarray, shrink: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+        for first, latents, norms in self._pieces():
+            limit = radius[:, first : first + len(norms)]
+            if shrink is not None:
+                limit = np.sqrt(np.maximum(np.square(limit) - shrink[:, None], 0))
+            query, row, distance = search.within(x, latents, norms, limit)
+            found.append((query, row + first, distance))
+        query, row, distance = (np.concatenate(part) for part in zip(*found, strict=True))
+        order = np.lexsort((row, query))
+        return query[order], row[order], distance[order]
 
-    def _keep(self, rows: Rows) -> None:
-        self._blocks = [rows.latents.flatten(1)]
-        self.radii, self.ids, self.sources, self.sha256 = rows.radii, rows.ids, rows.sources, rows.sha256
-        self._norms: np.ndarray | None = None
+    def _search_nearest(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        distances, rows = np.empty((len(x), 0)), np.empty((len(x), 0), np.int64)
+        for first, latents, norms in self._pieces():
+            distance, row = search.nearest(x, latents, norms, min(k, len(norms)))
+            distances, rows = np.hstack([distances, distance]), np.hstack([rows, row + first])
+            order = np.lexsort((rows, distances), axis=1)[:, :k]
+            distances, rows = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+        return distances, rows
 
-    def _append(self, rows: Rows) -> None:
-        self._blocks.append(rows.latents.flatten(1))
-        self.radii = torch.cat([self.radii, rows.radii])
-        self.ids, self.sources = self.ids + rows.ids, self.sources + rows.sources
-        self.sha256 = self.sha256 + rows.sha256
-        self._norms = None
+    def _pieces(self) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+        """(first row, latents, ‖z‖²) of the rows that are there, some at a time."""
+        norms, first = self._norms(), 0
+        step = max(1, _CHUNK // self.space.dim)
+        for start, block in self._vectors.parts():
+            for low in range(0, len(block), step):
+                piece = block[low : low + step]
+                if self._vectors.alive is not None:
+                    piece = piece[self._vectors.alive[start + low : start + low + len(piece)]]
+                if len(piece):
+                    yield first, torch.from_numpy(piece.astype(np.float32)), norms[first : first + len(piece)]
+                    first += len(piece)
 
-    def _rows(self) -> Rows:
-        latents = self._matrix().unflatten(1, self.space.shape)
-        return Rows(latents, self.radii, self.ids, self.sources, self.sha256)
+    # ---- what is on disk ----
 
-    def _matrix(self) -> Tensor:
-        """All references (K, dim). They are joined here and not in `add`, so that many small adds stay cheap."""
-        if len(self._blocks) > 1:
-            self._blocks = [torch.cat(self._blocks)]
-        return self._blocks[0]
+    def _load(self, manifest: store.Manifest, version: int | None = None) -> None:
+        """Maps the files of a manifest; those that are mapped already stay."""
+        dtype, dim = manifest["dtype"], self.space.dim
+        self._files = {
+            entry["file"]: self._files.get(entry["file"]) or store.read_shard(self.path, entry, dim, dtype)
+            for entry in manifest["shards"]
+        }
+        self._removed = store.read_removed(self.path, manifest["removed"])
+        self._manifest, self._dtype = manifest, _DTYPES[dtype]
+        self.version = manifest["version"] if version is None else version
+        self._shards = shards = list(self._files.values())
+        paths = [self.path / name for name in self._files]
+        removed, versions = self._removed
+        alive = np.ones(sum(map(len, shards)), bool)
+        if version is not None:
+            alive[self._rows_at(version) :] = False
+            removed = removed[versions <= version]
+        alive[removed] = False
+        if alive.all():
+            alive = None
+        self._live = None if alive is None else np.flatnonzero(alive)
+        self._vectors = Vectors(paths, [rows.latents for rows in shards], dim, alive)
+        self.ids = Ids(shards, self._live, alive)
+        self.sources = Column([rows.sources for rows in shards], self._live)
+        self.sha256 = Column([rows.sha256 for rows in shards], self._live)
+        self.__dict__.pop("radii", None)
 
-    def _squared_norms(self) -> np.ndarray:
-        if self._norms is None:
-            self._norms = search.squared_norms(self._matrix())
-        return self._norms
+    def _rows_at(self, version: int) -> int:
+        """How many rows were stored in a version, those removed by then included."""
+        newest, oldest = self._manifest["version"], self._manifest["oldest"]
+        history = store.read_history(self.path, self._manifest)
+        if not 1 <= version <= newest:
+            raise ValueError(f"The protected set at {self.path} has no version {version}; the newest is {newest}.")
+        if version < oldest:
+            event = history[oldest - 1]
+            raise ValueError(
+                f"Version {version} of the protected set at {self.path} no longer exists: version {oldest} "
+                f"({event['action']}, {event['time']}) replaced it; {oldest} to {newest} can be opened."
+            )
+        start = history[oldest - 1]["count"]
+        return start + sum(event["count"] for event in history[oldest:version] if event["action"] == "add")
+
+    def _live_values(self, parts: list[np.ndarray]) -> np.ndarray:
+        values = np.concatenate([np.empty(0), *parts])
+        return values if self._live is None else values[self._live]
+
+    def _norms(self) -> np.ndarray:
+        """(K,) ‖z‖² of the rows."""
+        return self._live_values([rows.norms for rows in self._shards])
 
     def _refresh(self) -> None:
         """Takes over what others have written since this set was read."""
@@ -349,12 +439,60 @@ class ProtectedSet:
                 raise ValueError(f"{self.path} has been replaced by a set of {manifest['dtype']}; open it again.")
             self._load(manifest)
 
-    def _commit(self, action: str, count: int, shards: list[dict[str, Any]]) -> None:
-        version = self.version + 1
-        history = [*self._manifest["history"], _event(version, action, count)]
-        manifest = {**self._manifest, "version": version, "shards": shards, "history": history}
-        store.write_manifest(self.path, manifest)
-        self._manifest, self.version = manifest, version
+    def _commit(self, action: str, count: int, shards: list[dict[str, Any]], ids: Any = None, **changes: Any) -> None:
+        self._load(_commit(self.path, {**self._manifest, "shards": shards, **changes}, action, count, ids))
+
+    def _untouched(self, new: int) -> int:
+        """How many of the shards stay as they are when rows are added; smaller ones at the end are merged with them.
+
+        A shard is merged with at least as many rows, so a row is written anew at most log2(rows per shard) times, and
+        a million single adds leave a dozen small files.
+        """
+        shards = self._manifest["shards"]
+        kept = len(shards)
+        while kept and shards[kept - 1]["rows"] <= new and new + shards[kept - 1]["rows"] <= self._rows_per_shard:
+            kept -= 1
+            new += shards[kept]["rows"]
+        return kept
+
+    @property
+    def _rows_per_shard(self) -> int:
+        return max(1, _SHARD_BYTES // (self.space.dim * self._dtype.itemsize))
+
+    def _write(self, rows: Rows, number: int) -> list[dict[str, Any]]:
+        """Writes rows as new shards, numbered from `number`, and returns their entries."""
+        size = self._rows_per_shard
+        parts = (
+            [rows]
+            if len(rows) <= size
+            else [rows.take(np.arange(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+        )
+        return [store.write_shard(self.path, number + i, part, self.space.shape) for i, part in enumerate(parts)]
+
+    def _compacted(self) -> list[dict[str, Any]]:
+        """The shards without what has been removed, neighbours joined where they fit into one; writes the new ones."""
+        alive = self._vectors.alive
+        groups: list[list[tuple[dict[str, Any], Rows, np.ndarray]]] = [[]]
+        size = 0
+        for entry, rows, (first, _) in zip(self._manifest["shards"], self._shards, self._vectors.parts(), strict=True):
+            live = np.arange(len(rows)) if alive is None else np.flatnonzero(alive[first : first + len(rows)])
+            if size + len(live) > self._rows_per_shard:
+                groups.append([])
+                size = 0
+            size += len(live)
+            groups[-1].append((entry, rows, live))
+        entries: list[dict[str, Any]] = []
+        number = self._manifest["next_file"]
+        for group in groups:
+            if len(group) == 1 and len(group[0][2]) == len(group[0][1]):
+                entries.append(group[0][0])
+            elif any(len(live) for _, _, live in group):
+                for entry, _, _ in group:
+                    store.check_file(self.path, entry)
+                merged = Rows.concatenate([rows.take(live) for _, rows, live in group if len(live)])
+                entries += self._write(merged, number)
+                number += 1
+        return entries
 
     # ---- checks of what comes in ----
 
@@ -368,9 +506,10 @@ class ProtectedSet:
         if len(set(ids)) < len(ids):
             raise ValueError(f"The ids must differ; repeated: {_few(i for i, n in Counter(ids).items() if n > 1)}.")
         latents = latents.detach().to("cpu", self._dtype, copy=True)
-        finite = latents.flatten(1).isfinite().all(1)
-        if not finite.all():
-            bad = [name for name, good in zip(ids, finite.tolist(), strict=True) if not good]
+        flat = latents.flatten(1).numpy()
+        norms = _norms(flat)
+        if not np.isfinite(norms).all():
+            bad = [name for name, norm in zip(ids, norms, strict=True) if not np.isfinite(norm)]
             raise ValueError(f"These latents are not finite in {self._dtype}: {_few(bad)}.")
         names = []
         for name, values in (("sources", sources), ("sha256", sha256)):
@@ -378,7 +517,12 @@ class ProtectedSet:
             if len(values) != len(ids):
                 raise ValueError(f"{len(ids)} latents need as many {name}; got {len(values)}.")
             names.append(values)
-        return Rows(latents, _row_radii(radius, len(ids)), ids, *names)
+        try:
+            digests = Digests.of(names[1])
+        except (TypeError, ValueError):
+            raise ValueError("sha256 must be digests of 64 hexadecimal digits, or None.") from None
+        texts = Texts.of(ids)
+        return Rows(flat, norms, _row_radii(radius, len(ids)), keys(texts), texts, Texts.of(names[0]), digests)
 
     def _check_shape(self, latents: Tensor, name: str) -> None:
         if latents.ndim < 1 or tuple(latents.shape[1:]) != self.space.shape:
@@ -413,11 +557,6 @@ class ProtectedSet:
         return radius.expand(batch, len(self)).numpy()
 
 
-def _event(version: int, action: str, count: int) -> dict[str, Any]:
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"version": version, "time": time, "action": action, "count": count}
-
-
 def _id_list(ids: Any) -> list[str | int]:
     ids = None if isinstance(ids, str) else list(ids)
     if ids is None or not all(isinstance(name, str | int) for name in ids):
@@ -425,16 +564,48 @@ def _id_list(ids: Any) -> list[str | int]:
     return ids
 
 
-def _row_radii(radius: Any, n: int) -> Tensor:
+def _commit(path: Path, manifest: store.Manifest, action: str, count: int, ids: Any = None) -> store.Manifest:
+    """Makes what a manifest names the next version, and returns it as written."""
+    version = manifest["version"] + 1
+    event = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "action": action}
+    event |= {"count": count} if ids is None else {"count": count, "ids": ids}
+    files = [entry["file"] for entry in [*manifest["shards"], manifest["removed"]] if entry is not None]
+    manifest = {
+        **manifest,
+        "version": version,
+        "next_file": max([manifest["next_file"], *(int(name.partition(".")[0]) + 1 for name in files)]),
+        "history": store.append_history(path, manifest["history"], event),
+    }
+    store.write_manifest(path, manifest)
+    return manifest
+
+
+def _norms(latents: np.ndarray) -> np.ndarray:
+    """‖z‖² of each row of (n, dim), in float64."""
+    step = max(1, _CHUNK // latents.shape[1])
+    parts = [latents[i : i + step].astype(np.float64) for i in range(0, len(latents), step)]
+    return np.concatenate([np.empty(0), *(np.square(part, out=part).sum(1) for part in parts)])
+
+
+def _row_radii(radius: Any, n: int) -> np.ndarray:
     """A given radius as (n,) float64, NaN for None."""
     if radius is None:
-        return torch.full((n,), float("nan"), dtype=torch.float64)
+        return np.full(n, np.nan)
     radii = torch.as_tensor(radius, dtype=torch.float64).detach().cpu()
     if radii.ndim and radii.shape != (n,):
         raise ValueError(f"radius must be one number or ({n},); got {tuple(radii.shape)}.")
     if not (radii.isfinite() & (radii > 0)).all():
         raise ValueError("A radius must be positive and finite; None leaves it open.")
-    return radii.expand(n).clone()
+    return radii.expand(n).clone().numpy()
+
+
+def _checked_shrink(shrink: Tensor | None, batch: int) -> np.ndarray | None:
+    if shrink is None:
+        return None
+    shrink = torch.as_tensor(shrink).detach().cpu().double()
+    if shrink.shape != (batch,) or not (shrink >= 0).all():
+        raise ValueError(f"shrink must be {(batch,)} numbers, none of them negative; got {tuple(shrink.shape)}.")
+    return shrink.numpy()
 
 
 def _like(array: np.ndarray, x0: Tensor) -> Tensor:

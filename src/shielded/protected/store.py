@@ -1,30 +1,39 @@
 """The files of a protected set.
 
-    set.json              the manifest: which shards make up the current version, and how it came about
-    000002.safetensors    a shard: the rows that version 2 added; never changed once it is written
-    lock                  held by the one process that is writing
+    set.json                    the manifest: which shards make up the current version
+    000002.safetensors          a shard: some thousand rows; never changed once it is written
+    000003.removed.safetensors  the rows that have been removed, and in which version
+    history.jsonl               one line per version; the manifest says how much of it counts
+    000002.index.safetensors    what the search derived from a shard; may be missing
+    unfinished.json             what `shielded protect` was asked for, until it is done
+    lock                        held by the one process that is writing
 
-A shard holds `latents` (n, *shape), `radius` (n,) float64 with NaN for none, and `rows`: UTF-8 JSON with the ids,
-sources and SHA-256 digests of the images. A new version is there once its manifest has replaced the old one, so a
-process that is killed leaves at worst a file that no manifest names.
+A shard holds `latents` (n, *shape), `norms` and `radii` (n,) float64 (NaN for none), `sha256` (n, 32) bytes of the
+digests of the image files (zeros for none), and `ids` and `sources` as JSON values in one array of bytes, value i
+from `ids_offsets[i]` to `ids_offsets[i + 1]`; `keys` are hashes of the ids.
+
+A new version is there once its manifest has replaced the old one, so a process that is killed leaves at worst files
+that no manifest names and a tail of the history that does not count. The numbers in file names only grow: no name
+ever comes back with other content.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .columns import Digests, Rows, Texts
 
 try:
     import fcntl
@@ -33,43 +42,26 @@ except ImportError:  # Windows
     import msvcrt
 
 MANIFEST = "set.json"
+HISTORY = "history.jsonl"
 LOCK = "lock"
-FORMAT = 1
+UNFINISHED = "unfinished.json"
+FORMAT = 2
+_OWN = re.compile(
+    rf"({MANIFEST}|{UNFINISHED}|\d{{6,}}(\.index|\.removed)?\.safetensors)(\.\w+)?(\.tmp)?|{HISTORY}|{LOCK}"
+)
 
-
-@dataclass
-class Rows:
-    """References in order.
-
-    Args:
-        latents: (n, *shape).
-        radii: (n,) float64, NaN for none.
-        ids: n names.
-        sources: n paths or addresses, or None.
-        sha256: n digests of the image files, or None.
-    """
-
-    latents: Tensor
-    radii: Tensor
-    ids: list[str | int]
-    sources: list[str | None]
-    sha256: list[str | None]
-
-    def without(self, ids: list[str | int]) -> Rows:
-        """The rows that are left when those with these ids are taken away."""
-        gone = set(ids)
-        keep = [row for row, name in enumerate(self.ids) if name not in gone]
-        return Rows(
-            self.latents[keep],
-            self.radii[keep],
-            *([names[row] for row in keep] for names in (self.ids, self.sources, self.sha256)),
-        )
+Manifest = dict[str, Any]
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Makes this the only writer. The system lets go of the lock when the process ends, however it ends."""
-    with open(folder / LOCK, "w") as file:
+    """Makes this the only writer. The system lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        RuntimeError: if another process is writing.
+        OSError: in one sentence, if the folder cannot be written to or the disk is full.
+    """
+    with explained(folder), open(folder / LOCK, "w") as file:
         try:
             _lock(file)
         except OSError:
@@ -84,12 +76,28 @@ def _lock(file: TextIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Errors of the system while writing, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # raised by this package, with a sentence
+            raise
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder's permissions"
+        kept = " The set stays at its last version." if (folder / MANIFEST).exists() else ""
+        raise type(error)(f"{folder} cannot be written to: {os.strerror(error.errno)}; {hint}.{kept}") from error
+
+
+# ---- the manifest and the history ----
+
+
+def read_manifest(folder: Path) -> Manifest:
     """The current manifest.
 
     Raises:
         FileNotFoundError: if there is no protected set in `folder`.
-        ValueError: if the manifest is damaged or of a newer format.
+        ValueError: if the manifest is damaged or of another format.
     """
     path = folder / MANIFEST
     try:
@@ -100,82 +108,171 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged.") from None
     try:
         manifest = json.loads(text)
+        number = manifest["format"]
         del manifest["sha256"]
-        intact = _manifest_text(manifest) == text
+        intact = number == 1 or _manifest_text(manifest) == text  # format 1 was laid out in another way
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
         raise ValueError(f"{path} is damaged: its checksum does not hold.")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}; this version of shielded reads format {FORMAT}.")
+    if number != FORMAT:
+        raise ValueError(
+            f"{path} has format {number}; this version of shielded reads format {FORMAT}. "
+            "Protect the images again, or use the version that wrote it."
+        )
     return manifest
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Makes `manifest` the current one, at once."""
     temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(_manifest_text(manifest), "utf-8")
+    with _removed_on_error(temporary):
+        temporary.write_text(_manifest_text(manifest), "utf-8")
     _replace(temporary, folder / MANIFEST)
 
 
-def write_shard(folder: Path, version: int, rows: Rows) -> dict[str, Any]:
+def append_history(folder: Path, history: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
+    """Writes the line of a version that is about to be committed.
+
+    Args:
+        folder: of the set.
+        history: what counts of the file so far: `bytes`, and `sha256` of each line with the digest before it.
+        event: what happened.
+
+    Returns:
+        What counts from the next manifest on.
+    """
+    path = folder / HISTORY
+    if history["bytes"] and (not path.exists() or path.stat().st_size < history["bytes"]):
+        raise ValueError(f"{path} is damaged: it is shorter than the versions of the set.")
+    line = json.dumps(event).encode() + b"\n"
+    with open(path, "r+b" if path.exists() else "w+b") as file:
+        file.truncate(history["bytes"])  # a line whose version was never committed
+        file.seek(history["bytes"])
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": history["bytes"] + len(line), "sha256": _chained(history["sha256"], line)}
+
+
+def read_history(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """The events up to the version of this manifest.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is damaged.
+    """
+    path = _existing(folder / HISTORY)
+    with open(path, "rb") as file:
+        lines = file.read(manifest["history"]["bytes"]).splitlines(keepends=True)
+    digest = ""
+    for line in lines:
+        digest = _chained(digest, line)
+    if digest != manifest["history"]["sha256"]:
+        raise ValueError(f"{path} is damaged: its checksum does not hold.")
+    return [json.loads(line) for line in lines]
+
+
+def _chained(digest: str, line: bytes) -> str:
+    return hashlib.sha256(digest.encode() + line).hexdigest()
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    """The only text that stands for this manifest, with its own checksum."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    shards = ",\n".join(map(json.dumps, manifest["shards"]))
+    rest = json.dumps({**{k: v for k, v in manifest.items() if k != "shards"}, "sha256": digest})
+    return f'{rest[:-1]}, "shards": [\n{shards}\n]}}\n'
+
+
+# ---- shards ----
+
+
+def write_shard(folder: Path, number: int, rows: Rows, shape: tuple[int, ...]) -> dict[str, Any]:
     """Writes a shard and returns its entry in the manifest."""
-    names = {"ids": rows.ids, "sources": rows.sources, "sha256": rows.sha256}
     tensors = {
-        "latents": rows.latents.contiguous(),
-        "radius": rows.radii.contiguous(),
-        "rows": torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8),
+        "latents": rows.latents.reshape(-1, *shape),
+        "norms": rows.norms,
+        "radii": rows.radii,
+        "keys": rows.keys,
+        "sha256": rows.sha256.data,
+        "ids": rows.ids.data,
+        "ids_offsets": rows.ids.offsets,
+        "sources": rows.sources.data,
+        "sources_offsets": rows.sources.offsets,
     }
-    name = f"{version:06d}.safetensors"
-    temporary = folder / f"{name}.tmp"
-    save_file(tensors, temporary)
-    entry = {"file": name, "rows": len(rows.ids), "sha256": file_sha256(temporary), "removed": []}
-    _replace(temporary, folder / name)
-    return entry
+    return _write(folder, f"{number:06d}.safetensors", tensors, len(rows))
 
 
-def read_shard(folder: Path, entry: dict[str, Any]) -> Rows:
-    """The rows of a shard that have not been removed.
+def read_shard(folder: Path, entry: dict[str, Any], dim: int, dtype: str) -> Rows:
+    """The rows of a shard, mapped and not read.
 
     Raises:
         FileNotFoundError: if the file is missing.
         ValueError: if the file is damaged.
     """
-    path = folder / entry["file"]
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing, a part of the protected set.")
+    tensors = _read(folder, entry)
+    n = entry["rows"]
     try:
-        tensors = load_file(path)
-        names = json.loads(tensors["rows"].numpy().tobytes())
-        rows = Rows(tensors["latents"], tensors["radius"], names["ids"], names["sources"], names["sha256"])
-        intact = all(len(part) == entry["rows"] for part in vars(rows).values())
-    except (SafetensorError, ValueError, KeyError, TypeError):
+        rows = Rows(
+            tensors["latents"].reshape(n, dim),
+            tensors["norms"],
+            tensors["radii"],
+            tensors["keys"],
+            Texts(tensors["ids"], tensors["ids_offsets"]),
+            Texts(tensors["sources"], tensors["sources_offsets"]),
+            Digests(tensors["sha256"]),
+        )
+        lengths = {len(part) for part in vars(rows).values()}
+        intact = lengths == {n} and rows.latents.dtype == dtype and rows.sha256.data.shape == (n, 32)
+    except (ValueError, KeyError):
         intact = False
     if not intact:
-        raise ValueError(f"{path} is damaged: it cannot be read as {entry['rows']} rows.")
-    return rows.without(entry["removed"]) if entry["removed"] else rows
+        raise ValueError(f"{folder / entry['file']} is damaged: it does not hold {n} rows.")
+    return rows
 
 
-def check_shard(folder: Path, entry: dict[str, Any]) -> None:
-    """Compares a shard with its checksum.
+def write_removed(folder: Path, number: int, rows: np.ndarray, versions: np.ndarray) -> dict[str, Any]:
+    """Writes which stored rows have been removed, and in which version; returns the entry in the manifest."""
+    return _write(folder, f"{number:06d}.removed.safetensors", {"rows": rows, "versions": versions}, len(rows))
+
+
+def read_removed(folder: Path, entry: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The stored rows that have been removed, and in which version."""
+    if entry is None:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    check_file(folder, entry)
+    tensors = _read(folder, entry)
+    if {name: tensor.shape for name, tensor in tensors.items()} != dict.fromkeys(
+        ("rows", "versions"), (entry["rows"],)
+    ):
+        raise ValueError(f"{folder / entry['file']} is damaged: it does not hold {entry['rows']} rows.")
+    return tensors["rows"], tensors["versions"]
+
+
+def check_file(folder: Path, entry: dict[str, Any]) -> None:
+    """Compares a file with its checksum.
 
     Raises:
         FileNotFoundError: if the file is missing.
         ValueError: if a byte of the file has changed.
     """
-    path = folder / entry["file"]
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing, a part of the protected set.")
+    path = _existing(folder / entry["file"])
     if file_sha256(path) != entry["sha256"]:
         raise ValueError(f"{path} is damaged: its checksum does not hold.")
 
 
-def delete_unused(folder: Path, manifest: dict[str, Any]) -> None:
-    """Deletes shards and temporary files that the manifest does not name."""
-    used = {entry["file"] for entry in manifest["shards"]}
+def delete_unused(folder: Path, manifest: Manifest) -> None:
+    """Deletes shards, indexes and temporary files that do not belong to the manifest."""
+    shards = {Path(entry["file"]).stem for entry in manifest["shards"]}
+    kept = {MANIFEST, HISTORY, LOCK, UNFINISHED, (manifest["removed"] or {}).get("file")}
     for path in folder.iterdir():
-        if is_own(path) and path.name not in {*used, MANIFEST, LOCK}:
-            path.unlink()
+        # The index of a shard may be in the making, so its temporary file is left alone.
+        stem, _, rest = path.name.partition(".")
+        used = path.name in kept or (stem in shards and (rest == "safetensors" or rest.startswith("index.")))
+        if is_own(path) and not used:
+            with suppress(PermissionError):  # Windows: still mapped by a reader
+                path.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -186,13 +283,47 @@ def file_sha256(path: Path) -> str:
 
 def is_own(path: Path) -> bool:
     """Whether a file of this name belongs to a protected set."""
-    return re.fullmatch(r"(set\.json|\d{6,}\.safetensors)(\.tmp)?|lock", path.name) is not None
+    return _OWN.fullmatch(path.name) is not None
 
 
-def _manifest_text(manifest: dict[str, Any]) -> str:
-    """The only text that stands for this manifest, with its own checksum."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=1) + "\n"
+def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
+    temporary = folder / f"{name}.tmp"
+    # Not save_file: that writes to a hidden file of its own, which a kill would leave behind.
+    content = save({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()})
+    with _removed_on_error(temporary):
+        temporary.write_bytes(content)
+    _replace(temporary, folder / name)
+    return {"file": name, "rows": rows, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _read(folder: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of a file as read-only arrays that are mapped and hold no file open."""
+    path = _existing(folder / entry["file"])
+    try:
+        with safe_open(path, "pt") as file:
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: it cannot be read as safetensors ({error}).") from None
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing, a part of the protected set.")
+    return path
+
+
+@contextmanager
+def _removed_on_error(temporary: Path) -> Iterator[None]:
+    """Leaves nothing behind on a disk that is full."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _replace(temporary: Path, path: Path) -> None:
