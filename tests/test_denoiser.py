@@ -3,25 +3,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from ideal import POINTS, Ideal
 
 from shielded import Spell
 from shielded.samplers import Guided, RepelledDenoiser
-
-TARGETS = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-
-
-class Ideal:
-    """The exact denoiser of a finite set: it memorises, so every sample ends on one of the targets."""
-
-    sigma_min, sigma_max, img_channels = 0.01, 20.0, 3
-
-    def __init__(self, targets=TARGETS):
-        self.targets = targets
-
-    def __call__(self, x, sigma):
-        gaps = (x.double()[:, None] - self.targets.double()).flatten(2).square().sum(2)
-        weights = torch.softmax(-gaps / (2 * float(torch.as_tensor(sigma).flatten()[0]) ** 2), dim=1)
-        return (weights @ self.targets.double().flatten(1)).view_as(x).to(x.dtype)
 
 
 class Shift:
@@ -92,8 +77,8 @@ def test_shield_keeps_a_memorising_model_away(sampler):
 
     x, radius = noise(1), 2.0
     plain = sampler(Ideal(), x, schedule())
-    gaps = (TARGETS - plain).flatten(1).norm(dim=1)
-    center = TARGETS[gaps.argmin()]
+    gaps = (POINTS - plain).flatten(1).norm(dim=1)
+    center = POINTS[gaps.argmin()]
     assert gaps.min() < 1e-3
     kept = sampler(RepelledDenoiser(Ideal(), leave), x, schedule())
     assert (kept - center).norm() >= radius - 1e-4
@@ -163,7 +148,7 @@ def test_x0_must_be_finite():
 @pytest.mark.parametrize("guidance", [1, 0.5, 2.0])
 def test_guidance_is_inside(guidance):
     """The spell sees the guided x0, and its correction is not multiplied by the guidance weight."""
-    net, weak, x = Ideal(TARGETS[:3]), Ideal(TARGETS[3:]), noise()
+    net, weak, x = Ideal(POINTS[:3]), Ideal(POINTS[3:]), noise()
     expected = weak(x, 5.0) + guidance * (net(x, 5.0) - weak(x, 5.0))
     shift = Shift(1.0)
     x0 = RepelledDenoiser(Guided(net, weak, guidance), shift)(x, 5.0)

@@ -27,8 +27,9 @@ class RepelledDenoiser(_Wrapper):
     EDM2's `edm_sampler`. Every evaluation is corrected, so higher-order samplers need nothing else. Guidance must be
     inside the denoiser; see `Guided`. Samplers with adaptive step size see a field with kinks: prefer fixed steps.
 
-    A denoiser cannot tell where a trajectory begins and ends. Call `spell.start()` before and `spell.finish(samples)`
-    after sampling where the trace is to count runs or the history is to remember the samples.
+    A denoiser cannot tell where a trajectory begins and ends. Call `spell.start()` before sampling and
+    `samples = spell.finish(samples)` after it: that counts runs in the trace, moves out of the shields what the sampler
+    brought back inside, and lets the history remember the samples.
 
     Args:
         denoiser: called as denoiser(x, sigma, *args, **kwargs), gives x0 (B, *S).
