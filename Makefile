@@ -2,20 +2,31 @@
 PYTHON ?= python3
 OUT ?= demo
 
-.PHONY: demo test lint
+PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test docs lint
 .DELETE_ON_ERROR:
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
+	touch $@
+
+# k-diffusion asks for torchvision, which its samplers do not need and which does not fit every torch.
+.venv/.developing: .venv/.installed
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps k-diffusion
 	touch $@
 
 demo: .venv/.installed
 	.venv/bin/shielded demo --out $(OUT) --overwrite
 
-test: .venv/.installed lint
+test: .venv/.developing lint
 	.venv/bin/python -m pytest
 
-lint: .venv/.installed
+docs: .venv/.developing
+	.venv/bin/mkdocs build --strict
+
+lint: .venv/.developing
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
