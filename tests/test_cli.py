@@ -1,6 +1,7 @@
 """The command line as a user calls it."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ runner = CliRunner()
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, runner.invoke(app, ["demo", "--out", str(out), "--steps", "8", "--json"])
+    return out, runner.invoke(app, ["demo", "--out", str(out), "--steps", "5", "--attempts", "2", "--json"])
 
 
 def test_demo_writes_grid_report_and_certificates(made):
@@ -26,13 +27,46 @@ def test_demo_writes_grid_report_and_certificates(made):
     assert report["leaks_with"] == 0
     assert report["min_distance_with"] >= report["radius"] > report["min_distance_without"]
     assert report["vendi_with"] > report["vendi_without"]
-    assert len(report["certificates"]) == report["n"]
+    assert report["min_decoded_distance_with"] >= report["radius"] > report["min_decoded_distance_without"]
+    assert len(report["certificates"]) + len(report["refused"]) == report["n"]
     assert {"image", "sha256", "nearest_id", "inside", "attempts", "protected_version"} <= set(
         report["certificates"][0]
     )
     assert Image.open(out / "grid.png").width > 300
     assert "<html" in (out / "report.html").read_text()
     assert len((out / "trace.csv").read_text().splitlines()) > 8
+
+
+def test_verify_holds_for_what_the_demo_wrote_and_not_for_the_plain_images(made):
+    out, _ = made
+    arguments = ["--protect", str(out / "protected"), "--json"]
+    result = runner.invoke(app, ["verify", str(out / "with"), "--certified", *arguments])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["leaks"], found["failed_certificates"]) == (0, 0)
+    assert found["logs"] == {str(out / "with" / "audit.jsonl"): []}
+    result = runner.invoke(app, ["verify", str(out / "without"), *arguments])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["leaks"] == 16
+
+
+def test_verify_says_which_certificate_does_not_hold(made, tmp_path):
+    out, _ = made
+    shutil.copytree(out / "with", tmp_path / "with")
+    image = sorted((tmp_path / "with").glob("*.png"))[0]
+    image.with_suffix(".json").unlink()
+    Image.open(image).convert("RGB").save(image)
+    result = runner.invoke(app, ["verify", str(tmp_path / "with"), "--protect", str(out / "protected")])
+    assert result.exit_code == 1
+    assert [line for line in result.stdout.splitlines() if "stripped" in line] == [
+        line for line in result.stdout.splitlines() if line.startswith(str(image))
+    ]
+    (tmp_path / "with" / "audit.jsonl").unlink()
+    arguments = ["verify", str(image), "--protect", str(out / "protected")]
+    assert runner.invoke(app, arguments).exit_code == 0
+    result = runner.invoke(app, [*arguments, "--certified"])
+    assert result.exit_code == 1
+    assert "no certificate" in result.stdout
 
 
 def test_an_existing_folder_is_kept(made):
@@ -51,6 +85,8 @@ def test_an_existing_folder_is_kept(made):
         ["demo", "--radius", "nan"],
         ["demo", "--overcompensation", "0"],
         ["demo", "--steps", "0"],
+        ["demo", "--on-leak", "hope"],
+        ["demo", "--attempts", "0"],
         ["demo", "--nothing"],
         ["nothing"],
     ],
@@ -131,6 +167,30 @@ def test_verify_exits_with_1_for_a_leak(protected, made):
     result = runner.invoke(app, ["verify", hearts, "--protect", str(target)])
     assert result.exit_code == 0
     assert "outside" in result.stdout
+
+
+def generate_owls(target, out, *options):
+    arguments = ["generate", "owl", "--protect", str(target), "-n", "2", "--steps", "4", "--out", str(out)]
+    return runner.invoke(app, [*arguments, *options])
+
+
+def test_refused_images_are_listed_and_not_written(protected, tmp_path):
+    _, target, _ = protected
+    result = generate_owls(target, tmp_path, "--on-leak", "refuse")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["refused"]) == 2
+    assert "inside the radius 8" in report["refused"][0]["reason"]
+    assert (report["certificates"], report["leaks_with"], report["min_distance_with"]) == ([], 0, None)
+    assert not list((tmp_path / "with").glob("*.png"))
+    assert "2 images were refused" in (tmp_path / "report.html").read_text()
+    assert result.exit_code == 1  # nothing is left
+    assert "Refused: owl, seed 1" in result.stdout
+
+
+def test_a_radius_that_nothing_can_keep_fails_with_a_reason(protected, tmp_path):
+    result = generate_owls(protected[1], tmp_path, "--radius", "500")
+    assert result.exit_code == 1
+    assert "cannot be kept" in result.stderr
 
 
 @pytest.mark.parametrize(

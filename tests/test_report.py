@@ -57,6 +57,8 @@ def make_report(**changes):
         "attempts": 3,
         "protected_set": "hearts",
         "protected_version": 5,
+        "decoded_distance": 16.05,
+        "repair": "restart",
     }
     report = {
         "prompt": "a red apple",
@@ -66,10 +68,15 @@ def make_report(**changes):
         "leaks_with": 0,
         "min_distance_without": 4.53,
         "min_distance_with": 16.27,
+        "min_decoded_distance_without": 4.11,
+        "min_decoded_distance_with": 16.05,
         "vendi_without": 2.31,
         "vendi_with": 5.87,
         "seconds_without": 12.3,
         "seconds_with": 13.4,
+        "restarted": 1,
+        "pushed": 2,
+        "refused": [],
         "certificates": [certificate],
     }
     return {**report, **changes}
@@ -176,10 +183,34 @@ def test_user_text_is_escaped(tmp_path):
 def test_numbers_of_the_report_appear(tmp_path):
     page = full_page(tmp_path, make_rows(2))
     facts = " ".join(page.inside["dl"].split())
-    for number in ("6", "0", "4.53", "16.27", "2.31", "5.87", "12.3 s", "13.4 s", "radius 16.00", "of 8"):
+    for number in (
+        "6",
+        "0",
+        "4.53",
+        "16.27",
+        "4.11",
+        "16.05",
+        "2.31",
+        "5.87",
+        "12.3 s",
+        "13.4 s",
+        "radius 16.00",
+        "of 8",
+    ):
         assert number in facts
     table = page.inside["tbody"]
-    for cell in ("with_000.png", "outside", "16.25", "16.00", "1.016", "3", "heart_7", "0123456789ab…"):
+    for cell in (
+        "with_000.png",
+        "outside",
+        "16.25",
+        "16.05",
+        "restart",
+        "16.00",
+        "1.016",
+        "3",
+        "heart_7",
+        "0123456789ab…",
+    ):
         assert cell in table
     assert "hearts, version 5" in page.text
     assert "4.50 · inside" in page.text
@@ -194,6 +225,20 @@ def test_a_leak_is_said_in_words(tmp_path):
     page = page_of(tmp_path, report)
     assert "distance was not kept everywhere. 2 images" in page.text
     assert "inside" in page.inside["tbody"]
+
+
+def test_refused_images_are_listed_and_not_shown(tmp_path):
+    refused = [{"prompt": "a <b>", "seed": 4, "attempts": 3, "reason": "inside"}]
+    rows = [*make_rows(1), *make_rows(1, with_=None, distance_with=None)]
+    page = page_of(tmp_path, make_report(refused=refused), rows)
+    assert "1 image was refused and not written" in page.text
+    assert "a <b>, seed 4: inside" in page.inside["li"]
+    assert "1 image left a shield by sampling again, 2 images by a push" in page.text
+    assert len(page.all("img")) == 3
+    assert "refused" in page.inside["figcaption"]
+    assert "Refused" not in page_of(tmp_path).inside["h2"]
+    grid = protection_grid(rows, radius=16.0)
+    assert (runs(grid, RED), runs(grid, BLUE)) == ([2, 1], [1, 1])
 
 
 def test_missing_values(tmp_path):

@@ -14,16 +14,17 @@ from shielded.generate import Generated, generate
 from shielded.latent_space import LatentSpace
 from shielded.models import EMOJI, GUIDANCE, load
 from shielded.protected import ProtectedSet
+from shielded.repair import OnLeak
 from shielded.report import Diversity, write_report
 from shielded.report.grid import diversity_grid, protection_grid
-from shielded.run import compare, save_image
+from shielded.run import compare, open_log, save_image, settings_of
 from shielded.spell import Spell
 
 PROMPTS = ("red heart", "pizza", "owl", "sunflower")
 SEEDS = (0, 1, 2, 3)
 DIVERSITY_PROMPT = "red heart"
 DIVERSITY_SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
-RADIUS = 15.0  # of the shields around protected images; the latents have norm 33
+RADIUS = 8.0  # of the shields around protected pictures; the latents have norm 33
 DIVERSITY_RADIUS = 26.0  # between the images of one prompt
 
 
@@ -38,10 +39,12 @@ def demo(
     overcompensation: float = 1.6,
     device: str | None = None,
     progress: bool = True,
+    on_leak: OnLeak = "restart",
+    attempts: int = 3,
 ) -> dict[str, Any]:
     """Write grids, certificates, `report.html` and `report.json` to the folder `out` and return the report.
 
-    Part one generates prompts × 4 seeds plainly, protects the results, and generates the same prompts and seeds with
+    Part one generates prompts × 4 seeds plainly, protects the pictures, and generates the same prompts and seeds with
     SPELL. Part two generates one prompt with 8 seeds without and with batch repellency.
 
     Args:
@@ -54,6 +57,8 @@ def demo(
         overcompensation: λ.
         device: None: CUDA if there is one.
         progress: whether progress bars are shown.
+        on_leak: what is done with an image that lies inside a shield all the same; see `generate`.
+        attempts: how often such an image is sampled at most.
     """
     out.mkdir(parents=True, exist_ok=True)
     pipe = load("emoji", device)
@@ -64,9 +69,13 @@ def demo(
     plain = generate(pipe, every_prompt, every_seed, label="without SPELL", **options)
     space = LatentSpace.of(pipe)
     protected = ProtectedSet.create(out / "protected", space, overwrite=True)
-    protected.add(plain.latents, [f"{p}, seed {s}" for p, s in zip(every_prompt, every_seed, strict=True)], radius)
+    names = [f"{p}, seed {s}" for p, s in zip(every_prompt, every_seed, strict=True)]
+    protected.add(space.encode(plain.images), names, radius)
     protection = Spell(protected, radius, overcompensation, batch=False)
-    shielded = generate(pipe, every_prompt, every_seed, protection, label="with SPELL", **options)
+    made_with = settings_of(protection, pipe, "emoji", on_leak, attempts, options)
+    log = open_log(out / "with", made_with, protected)
+    repairs = {"on_leak": on_leak, "attempts": attempts, "log": log.append}
+    shielded = generate(pipe, every_prompt, every_seed, protection, label="with SPELL", **repairs, **options)
 
     seeds = [seed + s for s in DIVERSITY_SEEDS]
     same = [DIVERSITY_PROMPT] * len(seeds)
@@ -84,7 +93,7 @@ def demo(
         radius=diversity_radius,
     )
 
-    report, rows = compare(out, every_prompt, every_seed, plain, shielded, protected, radius)
+    report, rows = compare(out, every_prompt, every_seed, plain, shielded, space, protected, radius, made_with, log)
     report["vendi_without"], report["vendi_with"] = diversity.vendi_without, diversity.vendi_with
     report["diversity"] = {
         "prompt": DIVERSITY_PROMPT,

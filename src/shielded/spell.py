@@ -29,7 +29,7 @@ from shielded.repellency import (
 )
 
 _ALTERNATIONS = 4  # between leaving the static shields and separating the batch, each of which can undo the other
-_FINAL_MARGINS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # beyond the shell, in radii, tried until rounding stays outside
+_FINAL_MARGINS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0)  # radii beyond the shell, until rounding stays outside
 
 
 class Spell:
@@ -243,14 +243,18 @@ class Spell:
     # A sampling run -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def attach(self, pipe: Any) -> Iterator[Spell]:
+    def attach(self, pipe: Any, through: Any = None) -> Iterator[Spell]:
         """Correct every step of `pipe`, any object with a supported `.scheduler`, until the context is left.
 
         `trace` starts anew. `finished` holds the last call's final latents; with history on they are remembered.
 
+        Args:
+            pipe: a diffusers pipeline.
+            through: what the sampler calls in place of this Spell, and what calls it (`distributed.Gathered`).
+
         Raises:
             TypeError: no scheduler, or one that is not supported (named, with the reason).
-            ValueError: the protected set was made for another latent space.
+            ValueError: the protected set or the calibration was made for another latent space.
             RuntimeError: on leaving, if the pipeline was not called or its scheduler was exchanged.
         """
         from shielded.samplers import attach
@@ -258,9 +262,12 @@ class Spell:
         # A set by shape alone can be compared by shape only, which the first step does.
         if isinstance(self.protected, ProtectedSet) and self.protected.space.vae_sha256 is not None:
             self.protected.space.require_same_encoder(LatentSpace.of(pipe))
+        measured_in = None if self.calibration is None else self.calibration.space
+        if measured_in is not None and measured_in != LatentSpace.of(pipe).fingerprint:
+            raise ValueError("the calibration was measured in another latent space; run `shielded calibrate` for it.")
         self.trace = []
         self._run = 0
-        with attach(pipe, self):
+        with attach(pipe, self if through is None else through):
             yield self
 
     def start(self) -> None:
@@ -289,23 +296,22 @@ class Spell:
         moves, it is the same tensor.
         """
         together = self._together(latents) if self.batch and len(latents) > 1 else None
-        pair_radius = None if together is None else _pair_radius(float(self.radius), len(latents), None, latents.device)
+        radius = None if together is None else _pair_radius(float(self.radius), len(latents), None, latents.device)
         references = self._references(latents)
         for margin in _FINAL_MARGINS:
             x = self._flat(latents)
             hits = None if references is None else references.scan(x).hits()
-            close = together is not None and margin == 0 and active_pairs(x, pair_radius * (1 - 1e-5), together).any()
-            if not close and not (hits is not None and len(hits)):
+            inside = hits is not None and len(hits) > 0
+            crowded = together is not None and bool(active_pairs(x, radius * (1 - 1e-5), together).any())
+            if not inside and not crowded:
                 break
             direction = tie_break((1, x.shape[1]), x.device).expand_as(x)
-            pairs = (pair_radius, together) if close else (None, None)  # the protected references have the last word
-            move, _ = self._project(x, references, hits, direction, None, *pairs, 1.0)
-            length = move.norm(dim=1, keepdim=True)
-            beyond = margin * (hits.radius.max() if hits is not None and len(hits) else 0.0)
-            move = move * (1 + beyond / length.clamp(min=1e-12)).to(move.dtype)
+            move, _ = self._project(x, references, hits, direction, None, radius, together if crowded else None, 1.0)
+            if inside:
+                move = move + margin * _outward(x, move, references, closest(hits, 1))
+            together = None  # pairs once: the protected references have the last word
             moved = (latents.float() + self._unflat(move, latents.float())).to(latents.dtype)
-            rows = (length > 0).view(-1, *[1] * (latents.ndim - 1))
-            latents = torch.where(rows, moved, latents)
+            latents = torch.where((move != 0).any(dim=1).view(-1, *[1] * (latents.ndim - 1)), moved, latents)
         return latents
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
@@ -441,6 +447,19 @@ class Spell:
                     "unresolved": failed[i],
                 }
             )
+
+
+def _outward(x: Tensor, move: Tensor, references: References, nearest: Hits) -> Tensor:
+    """(B, D): one radius along the move, for the images that are inside a shield.
+
+    Where an image is inside by a rounding error alone it has no move to follow and goes straight away.
+    """
+    along = move[nearest.query]
+    away = x[nearest.query] - references.vectors(nearest.row)
+    along = torch.where((along != 0).any(dim=1, keepdim=True), along, away)
+    result = torch.zeros_like(x)
+    result[nearest.query] = nearest.radius[:, None].to(x.dtype) * along / along.norm(dim=1, keepdim=True)
+    return result
 
 
 def _fitting(references: Tensor, x0: Tensor, name: str) -> Tensor:

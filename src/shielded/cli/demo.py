@@ -9,8 +9,10 @@ import typer
 
 from shielded.cli.options import (
     AsJson,
+    Attempts,
     Debug,
     Device,
+    OnLeak,
     Out,
     Overwrite,
     Seed,
@@ -19,6 +21,7 @@ from shielded.cli.options import (
     check_out,
     errors,
     positive,
+    repairs,
     show,
 )
 
@@ -29,6 +32,8 @@ def demo(
     seed: Seed = 0,
     steps: Steps = 25,
     overcompensation: Strength = 1.6,
+    on_leak: OnLeak = "restart",
+    attempts: Attempts = 3,
     device: Device = None,
     as_json: AsJson = False,
     overwrite: Overwrite = False,
@@ -50,16 +55,21 @@ def demo(
             overcompensation=positive(overcompensation, "--overcompensation"),
             device=device,
             progress=not as_json,
+            on_leak=on_leak,
+            attempts=attempts,
         )
         show(report, as_json, _demo_summary(report, out))
 
 
 def _demo_summary(report: dict[str, Any], out: Path) -> str:
+    from shielded.report.grid import number
+
     without, with_ = ({k: report[f"{k}_{w}"] for k in ("leaks", "min_distance", "vendi")} for w in ("without", "with"))
+    again = "\n".join(["", *repairs(report)])
     return (
         f"Inside a shield: {without['leaks']} of {report['n']} images without SPELL, {with_['leaks']} with.\n"
-        f"Nearest protected image: {without['min_distance']:.2f} without, {with_['min_distance']:.2f} with; "
-        f"the radius is {report['radius']:g}.\n"
+        f"Nearest protected image: {without['min_distance']:.2f} without, {number(with_['min_distance'])} with; "
+        f"the radius is {report['radius']:g}.{again}\n"
         f"Vendi score of one prompt: {without['vendi']:.2f} without, {with_['vendi']:.2f} with.\n"
         f"Open {out / 'report.html'}"
     )

@@ -9,9 +9,11 @@ import typer
 
 from shielded.cli.options import (
     AsJson,
+    Attempts,
     Debug,
     Device,
     Model,
+    OnLeak,
     Out,
     Overwrite,
     Seed,
@@ -20,6 +22,7 @@ from shielded.cli.options import (
     check_out,
     errors,
     positive,
+    repairs,
     show,
 )
 
@@ -36,6 +39,8 @@ def generate(
     seed: Seed = 0,
     steps: Steps = 25,
     overcompensation: Strength = 1.6,
+    on_leak: OnLeak = "restart",
+    attempts: Attempts = 3,
     device: Device = None,
     as_json: AsJson = False,
     overwrite: Overwrite = False,
@@ -53,15 +58,31 @@ def generate(
         from shielded.run import run
 
         report = run(
-            out, prompt, model, protect, n, radius, seed, steps, overcompensation, device, progress=not as_json
+            out,
+            prompt,
+            model,
+            protect,
+            n,
+            radius,
+            seed,
+            steps,
+            overcompensation,
+            device,
+            progress=not as_json,
+            on_leak=on_leak,
+            attempts=attempts,
         )
+        if report is None:  # one of several processes, but not the one that writes
+            return
         show(report, as_json, _summary(report, out))
+        if len(report["refused"]) == n:
+            raise ValueError("all images were refused; a smaller radius or another prompt may help.")
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:
-    lines = [f"{report['n']} images in {out}"]
+    lines = [f"{report['n'] - len(report['refused'])} images in {out / 'with'}"]
     if report["leaks_with"] is not None:
         lines.append(
             f"Inside a shield: {report['leaks_without']} of {report['n']} without SPELL, {report['leaks_with']} with."
         )
-    return "\n".join([*lines, f"Open {out / 'report.html'}"])
+    return "\n".join([*lines, *repairs(report), f"Open {out / 'report.html'}"])

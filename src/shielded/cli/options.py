@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -13,6 +13,14 @@ Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Seed = Annotated[int, typer.Option(help="Added to all seeds.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
 Strength = Annotated[float, typer.Option("--overcompensation", help="Multiplies the correction (paper: 1.6).")]
+OnLeak = Annotated[
+    Literal["restart", "push", "refuse", "report"],
+    typer.Option(
+        help="Images that are inside a shield all the same: sampled again (restart) or moved out (push) and, if that "
+        "fails, refused; refused at once; or only reported."
+    ),
+]
+Attempts = Annotated[int, typer.Option(min=1, help="How often such an image is sampled at most.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA if there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON and no progress.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")]
@@ -63,3 +71,16 @@ def positive(value: float, name: str) -> float:
 
 def show(result: dict[str, Any], as_json: bool, summary: str) -> None:
     typer.echo(json.dumps(result, indent=2) if as_json else summary)
+
+
+def repairs(report: dict[str, Any]) -> list[str]:
+    """What had to be repaired or refused, for the summary of a run."""
+    lines = []
+    if report["restarted"] or report["pushed"]:
+        lines.append(
+            f"Repaired: {report['restarted']} by sampling again, {report['pushed']} by a push; "
+            f"{report['samplings']} samplings for {report['n']} images."
+        )
+    for refused in report["refused"]:
+        lines.append(f"Refused: {refused['prompt']}, seed {refused['seed']}: {refused['reason']}.")
+    return lines

@@ -14,22 +14,29 @@ def verify(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders or globs.")],
     protect: Annotated[Path, typer.Option(help="The protected set to measure against.")],
     model: Model = "emoji",
-    radius: Annotated[float | None, typer.Option(help="Of every shield; default: the set's own radii.")] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Of every shield; default: the set's own radii, or the certificate's.")
+    ] = None,
+    certified: Annotated[
+        bool, typer.Option("--certified", help="An image without a certificate is a failure, too.")
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure images against a protected set; exit code 1 if one lies inside a shield.
+    """Measure images against a protected set, and check their certificates and the audit log beside them.
 
-    Example: shielded verify images/ --protect my-set
+    Exit code 1 if an image lies inside a shield, or a certificate or a log does not hold.
+
+    Example: shielded verify images/with --protect my-set
     """
     with errors(debug):
         if radius is not None:
             positive(radius, "--radius")
-        from shielded.certificate import certify, leaks
         from shielded.latent_space import LatentSpace
         from shielded.models import load
         from shielded.protected import ProtectedSet, load_images
+        from shielded.verification import verify_images
 
         loaded, skipped = load_images(paths, strict=False)
         for path, reason in skipped:
@@ -37,21 +44,30 @@ def verify(
         if not loaded:
             raise ValueError("none of the images could be read.")
         protected = ProtectedSet.open(protect)
-        space = LatentSpace.of(load(model, device))
+        space = LatentSpace.of(load(model, device), *(protected.space.image_size or ()))
         protected.require_space(space)
-        latents = space.encode([image for _, image, _, _ in loaded])
-        certificates = certify(latents, [Path(source) for _, _, source, _ in loaded], protected, radius)
-        lines = [
-            f"{c.image}: {'inside' if c.inside else 'outside'}, {c.nearest_distance:.2f} from {c.nearest_id} "
-            f"(radius {c.radius:g})"
-            for c in certificates
-        ]
+        files = [(Path(source), image) for _, image, source, _ in loaded]
+        verified, logs = verify_images(files, space, protected, radius)
+        if certified:
+            for image in verified:
+                if not image.certified and not image.problems:
+                    image.problems.append("it has no certificate")
+        bad_logs = {path: problems for path, problems in logs.items() if problems}
+        lines = []
+        for image in verified:
+            where = f"{'inside' if image.inside else 'outside'}, {image.distance:.2f} from {image.nearest_id}"
+            paper = "certificate holds" if image.certified else "no certificate"
+            paper = "; ".join(image.problems) or paper
+            lines.append(f"{image.image}: {where} (radius {image.radius:g}); {paper}")
+        lines += [f"{path}: {'; '.join(problems) or 'holds'}" for path, problems in logs.items()]
         result = {
-            "n": len(certificates),
-            "leaks": leaks(certificates),
+            "n": len(verified),
+            "leaks": sum(image.inside for image in verified),
+            "failed_certificates": sum(bool(image.problems) for image in verified),
             "skipped": [path for path, _ in skipped],
-            "certificates": [vars(c) for c in certificates],
+            "images": [vars(image) for image in verified],
+            "logs": logs,
         }
         show(result, as_json, "\n".join(lines))
-        if result["leaks"] or skipped:
+        if result["leaks"] or result["failed_certificates"] or bad_logs or skipped:
             raise typer.Exit(1)

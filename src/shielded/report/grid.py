@@ -23,7 +23,7 @@ class Row:
         prompt: text the images were made from.
         seed: seed of both images.
         without: image of the model alone.
-        with_: image of the same seed with SPELL.
+        with_: image of the same seed with SPELL; None if it was refused.
         distance_without: L2 distance in the latent space from `without` to its nearest protected image.
         distance_with: the same for `with_`.
         protected: the nearest protected image; None when it is not to be shown.
@@ -32,7 +32,7 @@ class Row:
     prompt: str
     seed: int
     without: Image.Image
-    with_: Image.Image
+    with_: Image.Image | None
     distance_without: float | None = None
     distance_with: float | None = None
     protected: Image.Image | None = None
@@ -84,13 +84,13 @@ def protection_grid(rows: Sequence[Row], radius: float | None = None) -> Image.I
     """
     if not rows:
         raise ValueError("a grid needs at least one row")
-    cell = _cell_size([image for row in rows for image in (row.without, row.with_)])
+    cell = _cell_size([image for row in rows for image in (row.without, row.with_) if image is not None])
     note = "" if radius is None else f"radius {number(radius)}"
     blocks = []
     for prompt, group in by_prompt(rows).items():
         lines = [
             _Line("without SPELL", [r.without for r in group], [place(r.distance_without, radius) for r in group]),
-            _Line("with SPELL", [r.with_ for r in group], [place(r.distance_with, radius) for r in group]),
+            _Line("with SPELL", [r.with_ for r in group], [place_with(r, radius) for r in group]),
         ]
         if any(r.protected for r in group):
             lines.append(_Line("nearest protected image", [r.protected for r in group], [""] * len(group)))
@@ -151,6 +151,11 @@ def place(distance: float | None, radius: float | None) -> str:
     if radius is None:
         return number(distance)
     return f"{number(distance)} · {'inside' if distance < radius else 'outside'}"
+
+
+def place_with(row: Row, radius: float | None) -> str:
+    """The same for the image with SPELL, or that it was refused."""
+    return "refused" if row.with_ is None else place(row.distance_with, radius)
 
 
 # ----------------------------------------------------------------------------------------------------------------

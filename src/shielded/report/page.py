@@ -13,7 +13,7 @@ from string import Template
 
 from PIL import Image
 
-from .grid import Diversity, Row, by_prompt, number, place
+from .grid import Diversity, Row, by_prompt, number, place, place_with
 
 LARGEST = 512  # pixels: larger pictures are embedded at this size, so that the page stays a few megabytes
 
@@ -47,7 +47,8 @@ def write_report(
         ("diversity", "Diversity", _diversity(diversity)),
         ("sampling", "While sampling", _sampling(trace)),
         ("guarantee", "What is guaranteed", _guarantee(report)),
-        ("certificates", "Certificates", _certificates(report.get("certificates"))),
+        ("refused", "Refused", _refused(report.get("refused"))),
+        ("certificates", "Certificates", _certificates(report)),
         ("settings", "Settings", _settings(report, settings)),
     ]
     sections = [(name, heading, content) for name, heading, content in sections if content]
@@ -149,6 +150,10 @@ def _summary(report: Mapping) -> str:
     if before is not None and after is not None:
         reach = "their radius" if radius is None else f"the radius of {number(radius)}"
         lead += f" Closer to a protected image than {reach}: {before} without SPELL, {after} with it."
+    refused = len(report.get("refused") or ())
+    if refused:
+        verb, object_ = ("was", "it lies") if refused == 1 else ("were", "they lie")
+        lead += f" {_count(refused, 'image')} {verb} refused and not written, because {object_} inside a shield."
     text = f'<p class="lead">{lead}</p>'
     if after:
         text += (
@@ -165,6 +170,7 @@ def _facts(report: Mapping) -> str:
     facts = [
         ("leaks", "Images inside a shield", str, "" if n is None else f"of {n}"),
         ("min_distance", "Nearest protected image", number, reach),
+        ("min_decoded_distance", "The same, pictures encoded again", number, reach),
         ("vendi", "Vendi score", number, "effective number of images"),
         ("seconds", "Time", lambda seconds: f"{seconds:.1f} s", "" if n is None else f"for {_count(n, 'image')}"),
     ]
@@ -198,8 +204,8 @@ def _guarantee(report: Mapping) -> str:
     return (
         '<div class="note">\n<p>An image certified as outside is at least one radius away from every protected image. '
         "The distance is the L2 distance in the model's latent space, measured exactly, on the sampler's finished "
-        "latents. A picture file that is encoded again lies in a slightly other place; <code>shielded verify</code> "
-        "measures files.</p>\n"
+        "latents and on the picture encoded again, which lies in a slightly other place. "
+        "<code>shielded verify</code> measures files again and checks their certificates.</p>\n"
         "<p><strong>That is not a promise of no resemblance.</strong> Two pictures that are far apart in this sense "
         "can still show the same subject, style or person, and a copy that is shifted, mirrored or recoloured may "
         "be far from its original. Look at the pictures, too.</p>\n</div>"
@@ -220,7 +226,7 @@ def _pictures(report: Mapping, rows: Sequence[Row]) -> str:
         for row in group:
             pictures = [
                 ("without SPELL", row.without, place(row.distance_without, radius)),
-                ("with SPELL", row.with_, place(row.distance_with, radius)),
+                ("with SPELL", row.with_, place_with(row, radius)),
             ]
             if row.protected is not None:
                 pictures.append(("nearest protected", row.protected, ""))
@@ -282,16 +288,36 @@ def _sampling(trace: Sequence[Mapping]) -> str:
     )
 
 
-def _certificates(certificates: Sequence[Mapping] | None) -> str:
+def _refused(refused: Sequence[Mapping] | None) -> str:
+    if not refused:
+        return ""
+    items = "\n".join(
+        f"<li>{_text(entry.get('prompt'))}, seed {_text(entry.get('seed'))}: {_text(entry.get('reason'))}</li>"
+        for entry in refused
+    )
+    return (
+        "<p>These images lie inside a shield after all attempts. They are listed here and were not written.</p>\n"
+        f"<ul>\n{items}\n</ul>"
+    )
+
+
+def _certificates(report: Mapping) -> str:
+    certificates = report.get("certificates")
     if not certificates:
         return ""
-    numeric = ["Distance", "Radius", "Distance / radius", "Attempts"]
-    heads = ["Image", "Result", *numeric, "Nearest protected", "SHA-256"]
+    numeric = ["Distance", "Encoded again", "Radius", "Distance / radius", "Attempts"]
+    heads = ["Image", "Result", *numeric, "Repair", "Nearest protected", "SHA-256"]
     head = "".join(f'<th scope="col"{" class=num" if h in numeric else ""}>{h}</th>' for h in heads)
     body = "\n".join(_certificate(c) for c in certificates)
+    repairs = [
+        f"{_count(report[key], 'image')} {what}"
+        for key, what in (("restarted", "left a shield by sampling again"), ("pushed", "by a push at the end"))
+        if report.get(key)
+    ]
     return (
         f"<p>One line per image, measured when it was finished. {_protected_sets(certificates)} The full "
-        "SHA-256 of each image file is in <code>report.json</code>.</p>\n"
+        "SHA-256 of each image file is in <code>report.json</code>."
+        f"{' ' + ', '.join(repairs) + '.' if repairs else ''}</p>\n"
         '<div class="scroll" role="region" aria-labelledby="certificates-title" tabindex="0">\n<table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
     )
@@ -326,10 +352,10 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _card(prompt: str, seed: int, pictures: Sequence[tuple[str, Image.Image, str]]) -> str:
+def _card(prompt: str, seed: int, pictures: Sequence[tuple[str, Image.Image | None, str]]) -> str:
     figures = []
     for label, image, caption in pictures:
-        img = _img(image, f"{prompt}, seed {seed}, {label}", caption.endswith("inside"))
+        img = "" if image is None else _img(image, f"{prompt}, seed {seed}, {label}", caption.endswith("inside"))
         figures.append(f"<figure>{img}<figcaption><b>{label}</b>{caption}</figcaption></figure>")
     return f"<li>\n<h4>seed {seed}</h4>\n" + "\n".join(figures) + "\n</li>"
 
@@ -354,6 +380,7 @@ def _img(image: Image.Image, alt: str, inside: bool) -> str:
 
 def _certificate(c: Mapping) -> str:
     distance, radius, inside = c.get("nearest_distance"), c.get("radius"), c.get("inside")
+    lengths = distance, c.get("decoded_distance"), radius
     result = "not measured"
     if inside is not None:
         result = '<strong class="without">inside</strong>' if inside else "outside"
@@ -362,9 +389,10 @@ def _certificate(c: Mapping) -> str:
     cells = [
         f'<th scope="row">{_text(c.get("image"))}</th>',
         f"<td>{result}</td>",
-        *(f"<td class=num>{'–' if value is None else number(value)}</td>" for value in (distance, radius)),
+        *(f"<td class=num>{'–' if length is None else number(length)}</td>" for length in lengths),
         f"<td class=num>{ratio}</td>",
         f"<td class=num>{_text(c.get('attempts'))}</td>",
+        f"<td>{_text(c.get('repair'))}</td>",
         f"<td>{_text(c.get('nearest_id'))}</td>",
         f"<td><code>{escape(sha[:12])}…</code></td>" if sha else "<td>–</td>",
     ]
