@@ -1,0 +1,30 @@
+"""shielded studio"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shielded.cli.options import Debug, Device, Model, UsageError, errors
+
+
+def studio(
+    model: Model = "emoji",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Generate, protect and compare on a page in the browser.
+
+    Example: shielded studio --port 7860
+    """
+    with errors(debug):
+        try:
+            from shielded.studio import serve
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            raise UsageError("the studio needs gradio; install it with: pip install 'shielded[studio]'") from None
+        serve(model, port, host, device)

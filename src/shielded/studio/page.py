@@ -1,0 +1,181 @@
+"""How the studio looks: one gradio page around a `Session` for each visitor."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from shielded.latent_space import LatentSpace
+from shielded.models import PRESETS, load
+from shielded.report import trace_plot
+from shielded.studio.session import COLUMNS, Result, Session, Settings
+
+_EXPLAIN = (
+    "An image is too near if its latents are closer than the radius to those of a protected image or of another image "
+    "(L2 distance in the model's latent space). That is what SPELL keeps; it is not a promise that two pictures do not "
+    "resemble each other."
+)
+_CSS = """
+.trace svg {width: 100%; overflow: visible; font: 12px sans-serif}
+.trace svg text {fill: currentColor}
+.trace .band {fill: #5b8def; opacity: .25; stroke: none}
+.trace .mean {fill: none; stroke: #5b8def; stroke-width: 2px}
+.trace line {stroke: currentColor; opacity: .3}
+"""
+LAUNCH = {"css": _CSS, "max_file_size": "20mb", "share": False, "footer_links": ["api"]}
+
+
+def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
+    """The page.
+
+    Args:
+        model: as `shielded.models.load` takes it; loaded once, for all visitors.
+        device: where it runs.
+    """
+    pipe = load(model, device)
+    preset = PRESETS.get(model)
+    options = {preset.guidance_option: preset.guidance} if preset and preset.guidance is not None else {}
+    space = LatentSpace.of(pipe)
+    running = threading.Lock()  # one model, one sampling at a time
+
+    def own(session: Session | None) -> Session:
+        return session or Session(pipe, model, options)
+
+    def effect(radius: float, end: float) -> str:
+        acts = "to the end" if end == 0 else f"while the noise level is between 1 and {end:g}; later it may come back"
+        return f"Keeps **{radius * space.dim**0.5:.1f}** (L2 in this model's latent space), {acts}."
+
+    def protect(session: Session | None, files: list[str] | None) -> tuple[Any, ...]:
+        session = own(session)
+        return _told(session, lambda: session.protect_files([_uploaded(file) for file in files or []]))
+
+    def protect_result(session: Session | None) -> tuple[Any, ...]:
+        session = own(session)
+        return _told(session, session.protect_result)
+
+    def clear(session: Session | None) -> tuple[Any, ...]:
+        session = own(session)
+        session.clear()
+        return _told(session, lambda: "nothing is protected.")
+
+    def forget(session: Session | None) -> tuple[Session, str]:
+        session = own(session)
+        session.forget()
+        return session, _memory(session)
+
+    def run(session: Session | None, *values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+        session = own(session)
+        settings = Settings(values[0], *map(int, values[1:4]), *values[4:])
+        progress(0, desc="waiting for the model")
+        with running:
+            try:
+                made = session.generate(
+                    settings, lambda done, steps, what: progress((done, steps), desc=what, unit="steps")
+                )
+            except ValueError as error:
+                raise gr.Error(str(error), duration=None, print_exception=False) from None
+        return session, *_shown(made, settings), _memory(session)
+
+    gallery = {"columns": 2, "height": "auto", "object_fit": "contain", "interactive": False}
+    with gr.Blocks(title="shielded studio", delete_cache=(3600, 86400)) as page:
+        session = gr.State(None, time_to_live=86400, delete_callback=lambda s: s and s.close())
+        gr.Markdown(f"# shielded studio\n{_EXPLAIN}")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):
+                prompt = gr.Textbox(label="Prompt", value="red heart" if model == "emoji" else "", autofocus=True)
+                with gr.Row():
+                    n = gr.Slider(1, 16, 4, step=1, label="Images")
+                    seed = gr.Number(0, precision=0, label="Seed", minimum=0)
+                with gr.Accordion("Keep away from", open=True):
+                    files = gr.File(
+                        label="Pictures to protect", file_count="multiple", file_types=["image"], height=120
+                    )
+                    shelf = gr.Gallery(label="Protected", columns=4, height=160, show_label=True, interactive=False)
+                    status = gr.Markdown("Nothing is protected.", elem_id="status")
+                    with gr.Row():
+                        protect_made = gr.Button("Protect the images made without SPELL", size="sm")
+                        clear_set = gr.Button("Protect nothing", size="sm")
+                    apart = gr.Checkbox(True, label="The other images of the run")
+                    remember = gr.Checkbox(True, label="The images of earlier runs")
+                    memory = gr.Markdown("No earlier images.", elem_id="memory")
+                    forget_all = gr.Button("Forget earlier runs", size="sm")
+                with gr.Accordion("How", open=True):
+                    radius = gr.Slider(0.1, 1.2, 0.5, step=0.01, label="Radius, per √dim")
+                    end = gr.Slider(0.0, 0.9, 0.0, step=0.05, label="Act until noise level (0: to the end)")
+                    told = gr.Markdown(effect(0.5, 0.0), elem_id="effect")
+                    strength = gr.Slider(1.0, 2.5, 1.6, step=0.1, label="Overcompensation λ")
+                    steps = gr.Slider(4, 60, preset.steps if preset else 25, step=1, label="Steps")
+            with gr.Column(scale=2, min_width=320):
+                go = gr.Button("Generate", variant="primary")
+                summary = gr.Markdown(elem_id="summary")
+                with gr.Row():
+                    without = gr.Gallery(label="Without SPELL", **gallery)
+                    with_ = gr.Gallery(label="With SPELL", **gallery)
+                table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Distances", wrap=True, elem_id="table")
+                plot = gr.HTML(elem_classes="trace")
+                archive = gr.File(label="Images, certificates and report", interactive=False)
+        protected = [session, shelf, status, files]
+        files.upload(protect, [session, files], protected)
+        protect_made.click(protect_result, session, protected)
+        clear_set.click(clear, session, protected)
+        forget_all.click(forget, session, [session, memory])
+        for slider in (radius, end):
+            slider.change(effect, [radius, end], told, show_progress="hidden")
+        inputs = [session, prompt, n, seed, steps, radius, strength, end, apart, remember]
+        outputs = [session, summary, without, with_, table, plot, archive, memory]
+        gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)
+    return page
+
+
+def serve(model: str = "emoji", port: int = 7860, host: str = "127.0.0.1", device: str | None = None) -> None:
+    """Show the page until it is interrupted.
+
+    Args:
+        model: as `shielded.models.load` takes it.
+        port: of the page.
+        host: address to listen on; 127.0.0.1 is this machine alone.
+        device: where the model runs.
+    """
+    build(model, device).queue().launch(server_name=host, server_port=port, **LAUNCH)
+
+
+def _uploaded(file: str) -> str:
+    """Only what was uploaded is ever opened: a request may name any path."""
+    path = Path(file).resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise ValueError("only uploaded files can be protected.")
+    return str(path)
+
+
+def _told(session: Session, action: Any) -> tuple[Any, ...]:
+    """What is protected now, and what the action says; its errors are shown where the pictures are."""
+    try:
+        message = action()
+    except ValueError as error:
+        gr.Warning(str(error), duration=10)
+        message = f"⚠ {error}"
+    count = len(session.protected)
+    status = f"{count} protected. {message[:1].upper()}{message[1:]}" if count else f"Nothing is protected. {message}"
+    return session, session.pictures, status, None
+
+
+def _memory(session: Session) -> str:
+    count = len(session.history)
+    return f"{count} earlier images are remembered." if count else "No earlier images."
+
+
+def _shown(made: Result, settings: Settings) -> tuple[Any, ...]:
+    names = [f"seed {settings.seed + i}" for i in range(settings.n)]
+    kept = [(image, name) for image, name in zip(made.shielded, names, strict=True) if image is not None]
+    return (
+        made.summary,
+        list(zip(made.plain, names, strict=True)),
+        kept,
+        made.rows,
+        trace_plot(made.trace),
+        str(made.archive),
+    )
