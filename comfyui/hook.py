@@ -63,7 +63,7 @@ class Repellency:
         try:
             samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
             if ends_clean:
-                self.spell.finish(samples)
+                samples = self.spell.finish(samples)
             logging.info(report(self.spell, self.radius))
             return samples
         finally:
