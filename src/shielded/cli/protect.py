@@ -39,6 +39,9 @@ def protect(
     ] = None,
     compact: Annotated[bool, typer.Option("--compact", help="Delete removed images from disk.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at an image that cannot be read.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster whose workers read and encode (host:port, auto).")
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
     overwrite: Overwrite = False,
@@ -62,7 +65,7 @@ def protect(
             removed = _remove(ProtectedSet.open(out), remove)
         if paths:
             job = {"paths": paths, "model": model, "radius": radius, "mirror": mirror}
-            done = _add(out, job, add or bool(remove), overwrite, strict, device, progress=not as_json)
+            done = _add(out, job, add or bool(remove), overwrite, strict, device, not as_json, ray)
         protected = ProtectedSet.open(out)
         if compact:
             protected.compact()
@@ -86,7 +89,14 @@ def _remove(protected: ProtectedSet, ids: list[str]) -> int:
 
 
 def _add(
-    out: Path, job: dict[str, Any], add: bool, overwrite: bool, strict: bool, device: str | None, progress: bool
+    out: Path,
+    job: dict[str, Any],
+    add: bool,
+    overwrite: bool,
+    strict: bool,
+    device: str | None,
+    progress: bool,
+    ray: str | None,
 ) -> AddedImages:
     """Encodes the images of a job into the set; goes on with the same job if that was stopped."""
     from shielded.protected import ProtectedSet, add_images, store
@@ -100,6 +110,10 @@ def _add(
     if protected and not add and not (note.exists() and json.loads(note.read_text()) == job):
         raise UsageError(f"{out} is a protected set already; use --add to add to it, or --overwrite to replace it.")
     require_images(job["paths"])  # a path that does not exist ends it before the model is loaded
+    if ray is not None:
+        from shielded.protected import cluster
+
+        cluster.connect(ray)
 
     import torch
 
@@ -110,9 +124,11 @@ def _add(
     if protected is None:
         protected = ProtectedSet.create(out, space, torch.float16, overwrite)
         write_json(note, job)
-    done = add_images(
-        protected, job["paths"], job["radius"], strict, space=space, mirror=job["mirror"], progress=progress
-    )
+    options = {"radius": job["radius"], "strict": strict, "mirror": job["mirror"], "progress": progress}
+    if ray is None:
+        done = add_images(protected, job["paths"], space=space, **options)
+    else:
+        done = cluster.add_images(protected, job["paths"], ray, job["model"], **options)
     note.unlink(missing_ok=True)
     return done
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..latent_space import LatentSpace
-from . import search, store
+from . import store
 from .columns import Column, Digests, Ids, Rows, Texts, keys
-from .search import Hits
+from .index import index_path
+from .search import Hits, Search
 from .vectors import Vectors
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -104,13 +105,15 @@ class ProtectedSet:
         return cls(path, manifest, space)
 
     @classmethod
-    def open(cls, path: str | Path, version: int | None = None) -> ProtectedSet:
+    def open(cls, path: str | Path, version: int | None = None, ray: str | None = None) -> ProtectedSet:
         """Opens a set.
 
         Args:
             path: the folder of the set.
             version: None for the set as it is now, or the number of an earlier version, which can be opened until
                 `compact` deletes what has been removed since.
+            ray: address of a Ray cluster whose workers share the shards between them and search them, for a set that
+                is too large for one machine; see `shielded.protected.cluster`.
 
         Returns:
             The set.
@@ -118,12 +121,18 @@ class ProtectedSet:
         Raises:
             FileNotFoundError: if there is no set, or one of its files is missing.
             ValueError: if one of its files is damaged, or the version does not exist or no longer does.
+            RuntimeError: if Ray is not installed, or no cluster answers at that address.
         """
         path = Path(path)
         manifest = store.read_manifest(path)
+        make: Callable[..., ProtectedSet] = cls
+        if ray is not None:
+            from .cluster import ClusterSet
+
+            make = partial(ClusterSet, address=ray)
         while True:
             try:
-                return cls(path, manifest, LatentSpace.from_json(manifest["space"]), version)
+                return make(path, manifest, LatentSpace.from_json(manifest["space"]), version)
             except FileNotFoundError:
                 # A writer may have replaced files between the two reads; then there is a newer manifest.
                 newer = store.read_manifest(path)
@@ -313,7 +322,7 @@ class ProtectedSet:
         """
         x = self._checked_queries(x0)
         radii = self._checked_radius(radius, len(x))
-        query, row, distance = self._search_within(x, radii, _checked_shrink(shrink, len(x)))
+        query, row, distance = self._search.within(x, radii, _checked_shrink(shrink, len(x)))
         return Hits(*(_like(part, x0) for part in (query, row, distance)))
 
     def nearest(self, x0: Tensor, k: int = 1) -> tuple[Tensor, list[list[str | int]]]:
@@ -339,44 +348,8 @@ class ProtectedSet:
             raise ValueError(f"The protected set at {self.path} is empty, so nothing is nearest; add references first.")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows of the set; got {k}.")
-        distances, rows = self._search_nearest(x, k)
+        distances, rows = self._search.nearest(x, k)
         return _like(distances, x0), _like(rows, x0)
-
-    # ---- the search, a block at a time ----
-
-    def _search_within(self, x: np.ndarray, radius: np.ndarray, shrink: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
-        for first, latents, norms in self._pieces():
-            limit = radius[:, first : first + len(norms)]
-            if shrink is not None:
-                limit = np.sqrt(np.maximum(np.square(limit) - shrink[:, None], 0))
-            query, row, distance = search.within(x, latents, norms, limit)
-            found.append((query, row + first, distance))
-        query, row, distance = (np.concatenate(part) for part in zip(*found, strict=True))
-        order = np.lexsort((row, query))
-        return query[order], row[order], distance[order]
-
-    def _search_nearest(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        distances, rows = np.empty((len(x), 0)), np.empty((len(x), 0), np.int64)
-        for first, latents, norms in self._pieces():
-            distance, row = search.nearest(x, latents, norms, min(k, len(norms)))
-            distances, rows = np.hstack([distances, distance]), np.hstack([rows, row + first])
-            order = np.lexsort((rows, distances), axis=1)[:, :k]
-            distances, rows = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
-        return distances, rows
-
-    def _pieces(self) -> Iterator[tuple[int, Tensor, np.ndarray]]:
-        """(first row, latents, ‖z‖²) of the rows that are there, some at a time."""
-        norms, first = self._norms(), 0
-        step = max(1, _CHUNK // self.space.dim)
-        for start, block in self._vectors.parts():
-            for low in range(0, len(block), step):
-                piece = block[low : low + step]
-                if self._vectors.alive is not None:
-                    piece = piece[self._vectors.alive[start + low : start + low + len(piece)]]
-                if len(piece):
-                    yield first, torch.from_numpy(piece.astype(np.float32)), norms[first : first + len(piece)]
-                    first += len(piece)
 
     # ---- what is on disk ----
 
@@ -402,6 +375,7 @@ class ProtectedSet:
             alive = None
         self._live = None if alive is None else np.flatnonzero(alive)
         self._vectors = Vectors(paths, [rows.latents for rows in shards], dim, alive)
+        self._search = Search(self._vectors, [index_path(path) for path in paths], self.space.shape)
         self.ids = Ids(shards, self._live, alive)
         self.sources = Column([rows.sources for rows in shards], self._live)
         self.sha256 = Column([rows.sha256 for rows in shards], self._live)
@@ -531,12 +505,12 @@ class ProtectedSet:
                 f"{tuple(latents.shape)}."
             )
 
-    def _checked_queries(self, x0: Tensor) -> np.ndarray:
+    def _checked_queries(self, x0: Tensor) -> Tensor:
         self._check_shape(x0, "x0")
-        x = x0.detach().cpu().double().flatten(1)
+        x = x0.detach().flatten(1)
         if not x.isfinite().all():
             raise ValueError("x0 has NaN or infinite values, so its distances are not defined.")
-        return x.numpy()
+        return x
 
     def _checked_radius(self, radius: float | Tensor | None, batch: int) -> np.ndarray:
         if radius is None:

@@ -1,16 +1,32 @@
 """Exact search: which references lie within a radius, and which are nearest.
 
-A float32 matrix product gives every distance up to a known rounding error, so it can rule references out but never
-decide. Whatever it cannot rule out is measured again by subtraction in float64.
+A bound can rule references out but never decide. For a small set a float32 matrix product gives every distance up to a
+known rounding error; a large set has an index (`index.py`, `neighbours.py`). Whatever is not ruled out is measured
+again by subtraction in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from . import index
+from .index import Index, Projection
+from .neighbours import Pruned
+
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # query, row, distance
+
+SMALL = 10_000  # rows up to which a set is searched without an index
+MEMORY = 1 << 30  # bytes that a search may hold
 
 # Components that are summed in float32 before the sum goes on in float64. A float32 inner product of n terms is off
 # by at most n u / (1 - n u) |x| |z| with u = 2^-24, in whatever order it is summed (Higham, Accuracy and Stability of
@@ -148,12 +164,338 @@ def _bounds(x: np.ndarray, z: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray
 
 
 def _distances(x: np.ndarray, latents: Tensor, query: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """‖x[query] - latents[row]‖ in float64. NumPy sums row by row, so what else is measured changes no distance."""
+    return measured(x, lambda rows: latents[rows].numpy(), query, row)
+
+
+def measured(x: np.ndarray, take: Callable[[np.ndarray], np.ndarray], query: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """‖x[query] - take(row)‖ in float64. NumPy sums row by row, so what else is measured changes no distance."""
     distance = np.empty(len(query))
     step = max(1, _CACHE // x.shape[1])
     for start in range(0, len(query), step):
         part = slice(start, start + step)
         difference = x[query[part]]
-        difference -= latents[row[part]].numpy()
+        difference -= take(row[part])
         distance[part] = np.sqrt(np.square(difference, out=difference).sum(1))
     return distance
+
+
+class Vectors(Protocol):
+    """The references of a set as they are stored."""
+
+    alive: np.ndarray | None
+    """(K,) bool, False for stored rows that have been removed; None: none has."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, dim) with K stored rows."""
+
+    def parts(self) -> list[tuple[int, np.ndarray]]:
+        """(first stored row, (n, dim) float16 or float32) of each shard."""
+
+    def take(self, stored_rows: np.ndarray) -> np.ndarray:
+        """(P, dim) float32."""
+
+
+class Search:
+    """Exact search in one version of a set.
+
+    It remembers what it found for the last queries, so that the next ones, if they are near, cost little. Queries may
+    come in any order: what is remembered only ever saves time.
+
+    Rows are counted without those that have been removed.
+
+    Args:
+        vectors: the references.
+        index_paths: where the index of each shard is, or is to be.
+        shape: of one latent.
+        memory: bytes to hold at most, besides queries and answers.
+    """
+
+    def __init__(
+        self, vectors: Vectors, index_paths: Sequence[Path], shape: tuple[int, ...], memory: int = MEMORY
+    ) -> None:
+        self._vectors, self._paths, self._shape, self._memory = vectors, list(index_paths), tuple(shape), memory
+        alive = vectors.alive
+        self._stored = np.arange(vectors.shape[0]) if alive is None else np.flatnonzero(alive)
+        self._row = self._stored if alive is None else np.cumsum(alive) - 1  # of a stored row
+        self._fits = 4 * len(self._stored) * vectors.shape[1] <= memory / 2
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def within(
+        self,
+        x: Tensor,
+        radius: float | np.ndarray,
+        shrink: np.ndarray | None = None,
+        nearest: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All pairs of a query and a row with distance < radius.
+
+        Args:
+            x: queries (B, dim), finite.
+            radius: one number, (K,) or (B, K), not negative.
+            shrink: (B,) what is subtracted from the squared radii of each query (posterior radius).
+            nearest: only so many of each query, the nearest ones.
+
+        Returns:
+            Query, row and distance of each pair, sorted by query, then by row.
+        """
+        radius = np.broadcast_to(np.asarray(radius, np.float64), (len(x), len(self)))
+        found: Iterable[Pairs] = []
+        if len(self) and len(x):
+            if self._on_device(x):
+                found = [within_on_device(x, self._copy(x.device), _shrunk(radius, shrink))]
+            elif self._is_small():
+                found = [within(_float64(x), *self._matrix, _shrunk(radius, shrink))]
+            elif nearest is None:
+                found = self._within_large(_float64(x), radius, shrink)
+            else:
+                found = self._nearest_large(_float64(x), nearest, radius, shrink)
+        query, row, distance = _joined(found)
+        if nearest is not None:
+            order = np.lexsort((row, distance, query))
+            rank = np.arange(len(query)) - np.searchsorted(query[order], query[order])
+            query, row, distance = (part[order[rank < nearest]] for part in (query, row, distance))
+        order = np.lexsort((row, query))
+        return query[order], row[order], distance[order]
+
+    def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest rows of each query, nearest first; equal distances in the order of the rows.
+
+        Args:
+            x: queries (B, dim), finite.
+            k: how many, at most K.
+
+        Returns:
+            Distances (B, k) and rows (B, k).
+        """
+        if self._on_device(x):
+            return nearest_on_device(x, self._copy(x.device), k)
+        if self._is_small():
+            return nearest(_float64(x), *self._matrix, k)
+        found = list(self._nearest_large(_float64(x), k))
+        rows = np.array([row for _, row, _ in found], np.int64).reshape(-1, k)
+        return np.array([distance for _, _, distance in found]).reshape(-1, k), rows
+
+    # ---- small sets: all of it in memory ----
+
+    def _is_small(self) -> bool:
+        return len(self) <= SMALL and self._fits
+
+    @cached_property
+    def _matrix(self) -> tuple[Tensor, np.ndarray]:
+        latents = torch.from_numpy(self._vectors.take(self._stored))
+        return latents, squared_norms(latents)
+
+    # ---- large sets: indexes on disk ----
+
+    def _within_large(self, x: np.ndarray, radius: np.ndarray, shrink: np.ndarray | None) -> Iterator[Pairs]:
+        for first, part, shields in self._batches(x, radius, shrink):
+            slots = self._pruned.assign(part)
+            limit = shields.limit(self._pruned, self._row, len(part))
+            for query, stored, _ in self._pruned.reach(part, slots, limit):
+                row = self._row[stored]
+                distance = measured(part, self._vectors.take, query, stored)
+                inside = shields.contain(query, row, distance)
+                yield query[inside] + first, row[inside], distance[inside]
+
+    def _nearest_large(
+        self, x: np.ndarray, k: int, radius: np.ndarray | None = None, shrink: np.ndarray | None = None
+    ) -> Iterator[Pairs]:
+        """Query by query the k nearest rows that are within the radius."""
+        k = min(k, len(self))
+        for first, part, shields in self._batches(x, radius, shrink):
+            slots = self._pruned.assign(part)
+            # Whatever is near by, the k-th nearest is not farther than the farthest of k known rows.
+            known = [self._pruned.neighbours[slot][:k] for slot in slots]
+            if any(len(rows) < k for rows in known):
+                known = self._pruned.guess(part, slots, k)
+            query, stored = np.repeat(np.arange(len(part)), k), np.concatenate(known)
+            distance = measured(part, self._vectors.take, query, stored)
+            distance[~shields.contain(query, self._row[stored], distance)] = np.inf
+            limit = np.square(distance.reshape(-1, k).max(1, keepdims=True))
+            limit = np.minimum(limit, shields.limit(self._pruned, self._row, len(part)))
+            query, stored, lower = _joined(self._pruned.reach(part, slots, limit))
+            for i, slot in enumerate(slots):
+                own = query == i
+                distance, best = self._closest(part[i : i + 1], stored[own], lower[own], k, shields, i)
+                self._pruned.neighbours[slot] = np.append(best, known[i][~np.isin(known[i], best)])[:k]
+                yield np.full(len(best), first + i), self._row[best], distance
+
+    def _closest(
+        self, x: np.ndarray, stored: np.ndarray, lower: np.ndarray, k: int, shields: _Shields, query: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of the stored rows (n,) within the radius; their squared distances are at least `lower`."""
+        distance, best = np.empty(0), np.empty(0, np.int64)
+        order = np.argsort(lower, kind="stable")
+        step = max(32, k)
+        for start in range(0, len(order), step):
+            some = stored[order[start : start + step]]
+            if len(best) == k and lower[order[start]] > distance[-1] ** 2 * (1 + 1e-12):
+                break
+            more = measured(x, self._vectors.take, np.zeros_like(some), some)
+            inside = shields.contain(query, self._row[some], more)
+            distance, best = np.append(distance, more[inside]), np.append(best, some[inside])
+            first = np.lexsort((best, distance))[:k]
+            distance, best = distance[first], best[first]
+        return distance, best
+
+    def _batches(
+        self, x: np.ndarray, radius: np.ndarray | None, shrink: np.ndarray | None
+    ) -> Iterator[tuple[int, np.ndarray, _Shields]]:
+        """As many queries at a time as the memory has room for: number of the first, queries, their radii."""
+        size = max(1, self._memory // (8 * self._vectors.shape[0]))
+        for first in range(0, len(x), size):
+            part = slice(first, first + size)
+            yield first, x[part], _Shields(*(None if v is None else v[part] for v in (radius, shrink)))
+
+    @cached_property
+    def _pruned(self) -> Pruned:
+        projection = Projection(self._shape)
+        parts = self._vectors.parts()
+        made = [
+            self._index(path, rows, projection)
+            for path, (_, rows) in zip(tqdm(self._paths, "index", disable=None, leave=False), parts, strict=True)
+        ]
+        starts, counts = zip(*((start, len(rows)) for start, rows in parts), strict=True)
+        return Pruned(made, list(starts), list(counts), projection, self._vectors.alive)
+
+    def _index(self, path: Path, rows: np.ndarray, projection: Projection) -> Index:
+        """The index of a shard; where the folder cannot be written to, in a temporary one."""
+        found = index.read(path, len(rows), projection)
+        if found is not None:
+            return found
+        made = index.build(rows, projection)
+        try:
+            index.write(path, made)
+        except OSError:
+            path = Path(self._folder.name) / path.name
+            index.write(path, made)
+        return index.read(path, len(rows), projection)
+
+    @cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="shielded-index-")
+
+    # ---- on a device: all of it there, if it fits ----
+
+    def _on_device(self, x: Tensor) -> bool:
+        if x.device.type != "cuda":
+            return False
+        if x.device in self._copies:
+            return True
+        size = len(self) * self._vectors.shape[1] * self._vectors.parts()[0][1].itemsize
+        return size <= 0.5 * torch.cuda.mem_get_info(x.device)[0]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _copy(self, device: torch.device) -> Tensor:
+        if device not in self._copies:
+            alive = self._vectors.alive
+            parts = [
+                torch.from_numpy(rows if alive is None else rows[alive[first : first + len(rows)]]).to(device)
+                for first, rows in self._vectors.parts()
+            ]
+            self._copies[device] = torch.cat(parts)
+        return self._copies[device]
+
+
+@dataclass
+class _Shields:
+    """Radii (B, K), None for no limit, and what shortens them (B,)."""
+
+    radius: np.ndarray | None
+    shrink: np.ndarray | None
+
+    def contain(self, query: np.ndarray | int, row: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        """Which of the pairs lie within the radius."""
+        if self.radius is None:
+            return np.ones(len(distance), bool)
+        return distance < _shrunk(self.radius[query, row], None if self.shrink is None else self.shrink[query])
+
+    def limit(self, pruned: Pruned, number: np.ndarray, batch: int) -> np.ndarray:
+        """The largest squared radius in each cell, (B, cells), negative where there is none."""
+        if self.radius is None:
+            return np.full((batch, pruned.cells), np.inf)
+        largest = pruned.largest(self.radius, number)
+        limit = np.square(largest) - (0 if self.shrink is None else self.shrink[:, None])
+        return np.where(largest > 0, limit, -1.0)
+
+
+def _shrunk(radius: np.ndarray, shrink: np.ndarray | None) -> np.ndarray:
+    """sqrt(r² - shrink), 0 where that is negative; (B, K) and (B,), or (P,) and (P,)."""
+    if shrink is None:
+        return radius
+    less = shrink.reshape(-1, *[1] * (radius.ndim - 1)) if np.ndim(shrink) else shrink
+    return np.sqrt(np.maximum(np.square(radius) - less, 0))
+
+
+def _joined(found: Iterable[Pairs]) -> Pairs:
+    """Query, row and distance of all of them."""
+    nothing = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+    query, row, distance = (np.concatenate(part) for part in zip(nothing, *found, strict=True))
+    return query, row, distance
+
+
+def _float64(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().double().numpy()
+
+
+# ---- on a device ----
+
+
+def within_on_device(x: Tensor, latents: Tensor, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Like `within`, with queries (B, dim) and references (K, dim) on one device."""
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+    for first, references in _pieces(latents):
+        limit = torch.as_tensor(radius[:, first : first + len(references)].copy(), device=x.device)
+        query, row = (_rough(x, references) <= limit).nonzero(as_tuple=True)
+        distance = _exact(x, references, query, row)
+        inside = distance < limit[query, row]
+        found.append(tuple(map(_host, (query[inside], row[inside] + first, distance[inside]))))
+    query, row, distance = (np.concatenate(part) for part in zip(*found, strict=True))
+    return query, row, distance
+
+
+def nearest_on_device(x: Tensor, latents: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Like `nearest`, with queries (B, dim) and references (K, dim) on one device."""
+    distances, rows = np.empty((len(x), k)), np.empty((len(x), k), np.int64)
+    lower = torch.cat([_rough(x, references) for _, references in _pieces(latents)], dim=1)
+    for i in range(len(x)):
+        some = lower[i].topk(k, largest=False).indices
+        reach = _exact(x, latents, torch.full_like(some, i), some).max()
+        row = (lower[i] <= reach).nonzero().flatten()  # ascending, and the sort is stable
+        distance, order = _exact(x, latents, torch.full_like(row, i), row).sort(stable=True)
+        distances[i], rows[i] = _host(distance[:k]), _host(row[order[:k]])
+    return distances, rows
+
+
+def _pieces(latents: Tensor) -> Iterator[tuple[int, Tensor]]:
+    step = max(1, _WORKING_SET // latents.shape[1])
+    for first in range(0, len(latents), step):
+        yield first, latents[first : first + step]
+
+
+def _rough(x: Tensor, z: Tensor) -> Tensor:
+    """Lower bounds (B, K) of the distances, from float32 sums of squared differences."""
+    dim = x.shape[1]
+    rounded = x.float()
+    shift = (x.double() - rounded).norm(dim=1, keepdim=True)
+    distance = torch.cdist(rounded, z.float(), compute_mode="donot_use_mm_for_euclid_dist").double()
+    # Each of dim terms is off by a few units of 2^-24, and so is their sum by dim of them; squares may underflow.
+    lower = distance * (1 - (dim + 16) * 2.0**-24) - shift - 1e-18 * dim**0.5
+    return torch.where(lower.isfinite(), lower, 0)
+
+
+def _exact(x: Tensor, z: Tensor, query: Tensor, row: Tensor) -> Tensor:
+    """‖x[query] - z[row]‖ in float64, a bounded piece at a time."""
+    step = max(1, _WORKING_SET // x.shape[1])
+    parts = zip(query.split(step), row.split(step), strict=True)
+    return torch.cat([(x[q].double() - z[r].double()).norm(dim=1) for q, r in parts])
+
+
+def _host(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy()

@@ -1,0 +1,105 @@
+"""The search of large sets, with its indexes, against brute force in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from shielded import LatentSpace, ProtectedSet
+from shielded.protected import search
+
+BATCH, STEPS = 6, 8
+
+
+@pytest.fixture
+def indexed(monkeypatch):
+    """Small sets are searched as large ones are."""
+    monkeypatch.setattr(search, "SMALL", 0)
+
+
+def brute_force(x, z):
+    return np.stack([np.sqrt(np.square(z - row).sum(1)) for row in x.astype(np.float64)])
+
+
+def trajectory(rng, z, scale):
+    """Queries from blurred to sharp; the first two end on references, the others next to some."""
+    start = scale * rng.standard_normal((BATCH, z.shape[1]))
+    for t in np.linspace(0, 1, STEPS):
+        x = (1 - t) * 0.1 * start + t * z[:BATCH]
+        x[2:] += 0.05 * t * start[2:]
+        yield x.astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "scale"), [((4, 4, 4), 1.0), ((4, 16, 16), 1e-3), ((96,), 50.0)])
+def test_equal_to_brute_force_after_adds_and_removes(indexed, tmp_path, shape, scale, dtype):
+    rng = np.random.default_rng(7)
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape), dtype)
+    for n, count in enumerate((2500, 1500, 40)):
+        rows = torch.from_numpy(scale * rng.standard_normal((count, *shape))).to(dtype)
+        rows[: count // 50] = rows[-(count // 50) or None :][: count // 50]  # duplicates
+        protected.add(rows, [f"{n}-{i}" for i in range(count)])
+    for removed in ((), ("0-3", "1-7", "2-0")):
+        protected.remove(list(removed))
+        z = protected.vectors(range(len(protected))).double().flatten(1).numpy()
+        radii = np.median(brute_force(z[:1], z)) * rng.uniform(0.5, 1.1, len(z))
+        for step, x in enumerate(trajectory(rng, z, scale)):
+            exact, queries = brute_force(x, z), torch.from_numpy(x).unflatten(1, shape)
+            k = (1, 10)[step % 2]
+            distances, rows = protected.nearest_rows(queries, k)
+            order = np.argsort(exact, axis=1, kind="stable")[:, :k]
+            np.testing.assert_array_equal(rows, order)
+            np.testing.assert_allclose(distances, np.take_along_axis(exact, order, 1), rtol=1e-12, atol=1e-300)
+            tie = exact[0, order[0, -1]]  # d < r is strict: the row at the shell itself is no hit
+            for radius in (float(np.quantile(exact, 0.02)), float(tie), torch.from_numpy(radii)):
+                if not torch.as_tensor(radius).all():
+                    continue
+                shrink = rng.uniform(0, 0.1, BATCH) * np.square(radii.min()) if step % 2 else None
+                limit = np.broadcast_to(np.asarray(radius, np.float64), exact.shape)
+                if shrink is not None:
+                    limit = np.sqrt(np.maximum(np.square(limit) - shrink[:, None], 0))
+                hits = protected.within(queries, radius, None if shrink is None else torch.from_numpy(shrink))
+                query, row = np.nonzero(exact < limit)
+                np.testing.assert_array_equal(hits.query, query)
+                np.testing.assert_array_equal(hits.row, row)
+
+
+@pytest.mark.parametrize("rows", ["equal", "far", "huge", "one large"])
+def test_adversarial_sets(indexed, tmp_path, rows):
+    rng = np.random.default_rng(3)
+    z = rng.standard_normal((600, 4, 4, 4))
+    if rows == "equal":
+        z[:] = z[0]
+    elif rows == "far":  # tiny differences on a large offset
+        z = 1000 + 1e-2 * z
+    elif rows == "huge":
+        z *= 1e17
+    else:
+        z[5] *= 1e6
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
+    protected.add(torch.from_numpy(z).float(), [str(i) for i in range(600)])
+    z = protected.vectors(range(600)).double().flatten(1).numpy()
+    for step in range(4):
+        x = (z[:3] * (1 + 1e-3 * step)).astype(np.float32)
+        exact, queries = brute_force(x, z), torch.from_numpy(x).view(3, 4, 4, 4)
+        found = protected.nearest_rows(queries, 5)[1]
+        np.testing.assert_array_equal(found, np.argsort(exact, axis=1, kind="stable")[:, :5])
+        radius = float(np.median(exact)) or 1.0
+        hits = protected.within(queries, radius)
+        query, row = np.nonzero(exact < radius)
+        np.testing.assert_array_equal(hits.query, query)
+        np.testing.assert_array_equal(hits.row, row)
+
+
+def test_an_index_that_is_damaged_or_missing_is_made_anew(indexed, tmp_path):
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
+    protected.add(torch.randn(300, 4, 4, 4, generator=torch.Generator().manual_seed(0)), [str(i) for i in range(300)])
+    query = torch.zeros(1, 4, 4, 4)
+    expected = protected.nearest_rows(query, 3)[1]
+    (path,) = (tmp_path / "set").glob("*.index.safetensors")
+    path.write_bytes(b"nothing")
+    assert torch.equal(ProtectedSet.open(tmp_path / "set").nearest_rows(query, 3)[1], expected)
+    path.unlink()
+    assert torch.equal(ProtectedSet.open(tmp_path / "set").nearest_rows(query, 3)[1], expected)
+    protected.remove(["0"])
+    protected.compact()
+    assert not path.exists()
