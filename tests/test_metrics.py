@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.spatial
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shielded.evaluation.compare import compare
 from shielded.evaluation.metrics import (
     bootstrap_interval,
     caption_score,
     density_coverage,
     frechet_distance,
+    inside_shields,
+    jackknife_interval,
+    manifold_rows,
     mean_pairwise_similarity,
     nearest_distance,
     precision_recall,
@@ -179,7 +184,67 @@ def test_bootstrap_interval_repeats_and_leaves_the_global_generator_alone():
     assert bootstrap_interval(torch.full((5,), 0.25)) == (0.25, 0.25)
 
 
+def test_rows_of_the_manifold_metrics_match_loops():
+    generated, reference = normal(9, 3, seed=2, shift=0.7), normal(14, 3, seed=3)
+    distances, radius = loop_distances(generated, reference), loop_radius(reference, 3)
+    rows = manifold_rows(generated, reference, 3)
+    inside = distances <= np.array(radius)
+    assert rows["precision"].tolist() == inside.any(axis=1).astype(float).tolist()
+    assert rows["density"].numpy() == pytest.approx(inside.sum(axis=1) / 3)
+    assert rows["coverage"].tolist() == inside.any(axis=0).astype(float).tolist()
+    reached = np.less_equal(distances.T, loop_radius(generated, 3))
+    assert rows["recall"].tolist() == reached.any(axis=1).astype(float).tolist()
+    assert 0 < rows["recall"].mean() < 1
+
+
+def test_inside_shields_matches_loops_and_the_surface_is_outside():
+    generated, reference = normal(12, 4, shift=0.5), normal(7, 4, seed=4)
+    distances = loop_distances(generated, reference)
+    radii = torch.linspace(0.5, 3, 7)
+    expected = [any(distances[i, j] < radii[j].item() for j in range(7)) for i in range(12)]
+    assert inside_shields(generated, reference, radii).tolist() == expected
+    assert 0 < sum(expected) < 12
+    assert inside_shields(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), 5.0).tolist() == [False]
+    assert inside_shields(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), 5.001).tolist() == [True]
+
+
+def test_jackknife_of_the_mean_is_the_textbook_interval():
+    values = normal(40, 1, seed=11, shift=1)
+    low, high = jackknife_interval(lambda rows: rows.mean().item(), values, groups=40)
+    reach = scipy.stats.norm.ppf(0.975) * values.std().item() / math.sqrt(40)
+    assert (low, high) == pytest.approx((values.mean().item() - reach, values.mean().item() + reach))
+    assert jackknife_interval(lambda rows: 3.0, values) == (3.0, 3.0)
+
+
+def test_jackknife_covers_the_vendi_score_of_more_rows_of_the_same_kind():
+    """Groups of equal rows have the same Vendi score whatever their number."""
+    rows = torch.eye(4).repeat(15, 1)
+    low, high = jackknife_interval(vendi, rows, groups=15)
+    assert low <= 4 + 1e-9
+    assert high >= 4 - 1e-9
+    assert high - low < 0.5
+
+
+def test_compare_gives_every_metric_with_an_interval_around_it():
+    generated, reference = normal(30, 5, shift=0.3), normal(40, 5, seed=12)
+    generated[2] = reference[7]
+    found = compare(generated, reference, k=4)
+    assert found["precision"]["value"] == pytest.approx(precision_recall(generated, reference, 4)[0])
+    assert found["coverage"]["value"] == pytest.approx(density_coverage(generated, reference, 4)[1])
+    assert found["vendi"]["value"] == pytest.approx(vendi(generated))
+    assert found["frechet"]["value"] == pytest.approx(frechet_distance(generated, reference))
+    assert found["nearest"]["minimum"] == 0
+    assert found["nearest"]["value"] == pytest.approx(loop_distances(generated, reference).min(axis=1).mean())
+    assert set(found) == {"precision", "recall", "density", "coverage", "nearest", "vendi", "similarity", "frechet"}
+    assert all(m["low"] <= m["value"] <= m["high"] for m in found.values())
+
+
 BAD = [
+    (lambda: manifold_rows(normal(5, 3), normal(9, 3)), "generated has 5 rows"),
+    (lambda: inside_shields(normal(5, 3), normal(9, 3), torch.ones(4)), "one per row"),
+    (lambda: inside_shields(normal(5, 3), normal(9, 3), 0.0), "positive"),
+    (lambda: jackknife_interval(vendi, normal(1, 3)), "at least 2"),
+    (lambda: jackknife_interval(vendi, normal(9, 3), level=95), "between 0 and 1"),
     (lambda: vendi(torch.zeros(0, 4)), "at least 1"),
     (lambda: vendi(torch.zeros(2, 4)), "row of the features is zero"),
     (lambda: vendi(torch.ones(2, 3, 4, 4)), "flatten"),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import typer
 
+from shielded.cli.calibrate import calibrate
 from shielded.cli.demo import demo
+from shielded.cli.evaluate import evaluate
 from shielded.cli.generate import generate
 from shielded.cli.protect import protect
+from shielded.cli.reproduce import reproduce
+from shielded.cli.studio import studio
 from shielded.cli.verify import verify
 
 app = typer.Typer(
@@ -15,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, protect, generate, verify):
+for command in (demo, protect, generate, verify, calibrate, evaluate, reproduce, studio):
     app.command()(command)
 
 

@@ -8,7 +8,8 @@ the features as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -104,6 +105,34 @@ def _checked_neighbours(generated: Tensor, reference: Tensor, k: int) -> tuple[T
     return _checked_pair(generated, reference, at_least=k + 1)
 
 
+def manifold_rows(generated: Tensor, reference: Tensor, k: int = 5) -> dict[str, Tensor]:
+    """What precision, recall, density and coverage are the means of, for intervals and single images.
+
+    Args:
+        generated: (n, d), n > k.
+        reference: (m, d), m > k.
+        k: which neighbour sets the radius of a ball.
+
+    Returns:
+        float64 "precision" and "density", (n,) one value a generated row; "recall" and "coverage", (m,) one value a
+        reference row.
+
+    Raises:
+        ValueError: too few rows, different d, not finite, or k < 1.
+    """
+    generated, reference = _checked_neighbours(generated, reference, k)
+    of_reference, of_generated = _neighbour_radius(reference, k), _neighbour_radius(generated, k)
+    balls = torch.cat([(block <= of_reference).sum(dim=1) for block in _distance_blocks(generated, reference)])
+    reached = torch.cat([(block <= of_generated).any(dim=1) for block in _distance_blocks(reference, generated)])
+    covered = nearest_distance(reference, generated) <= of_reference
+    return {
+        "precision": (balls > 0).double(),
+        "recall": reached.double(),
+        "density": balls.double() / k,
+        "coverage": covered.double(),
+    }
+
+
 def precision_recall(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
     """Improved precision and recall: shares of one set inside the k-nearest-neighbour balls of the other.
 
@@ -120,14 +149,8 @@ def precision_recall(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[
     Raises:
         ValueError: too few rows, different d, not finite, or k < 1.
     """
-    generated, reference = _checked_neighbours(generated, reference, k)
-
-    def inside(points: Tensor, centres: Tensor) -> float:
-        radius = _neighbour_radius(centres, k)
-        hits = [(block <= radius).any(dim=1) for block in _distance_blocks(points, centres)]
-        return torch.cat(hits).double().mean().item()
-
-    return inside(generated, reference), inside(reference, generated)
+    rows = manifold_rows(generated, reference, k)
+    return rows["precision"].mean().item(), rows["recall"].mean().item()
 
 
 def density_coverage(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
@@ -148,11 +171,8 @@ def density_coverage(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[
     Raises:
         ValueError: too few rows, different d, not finite, or k < 1.
     """
-    generated, reference = _checked_neighbours(generated, reference, k)
-    radius = _neighbour_radius(reference, k)
-    hits = sum(int((block <= radius).sum()) for block in _distance_blocks(generated, reference))
-    coverage = (nearest_distance(reference, generated) <= radius).double().mean().item()
-    return hits / (k * len(generated)), coverage
+    rows = manifold_rows(generated, reference, k)
+    return rows["density"].mean().item(), rows["coverage"].mean().item()
 
 
 def frechet_distance(generated: Tensor, reference: Tensor) -> float:
@@ -221,6 +241,31 @@ def nearest_distance(generated: Tensor, reference: Tensor) -> Tensor:
     return torch.cat([block.amin(dim=1) for block in _distance_blocks(generated, reference)])
 
 
+def inside_shields(generated: Tensor, reference: Tensor, radius: float | Tensor) -> Tensor:
+    """Which generated rows lie inside a shield, the open ball of its radius around a reference row.
+
+    Args:
+        generated: (n, d), flattened latents.
+        reference: (m, d).
+        radius: one number, or (m,).
+
+    Returns:
+        (n,) bool; its mean is the share inside shields.
+
+    Raises:
+        ValueError: no rows, different d, not finite, or a radius that is not positive or not one per reference.
+    """
+    generated, reference = _checked_pair(generated, reference)
+    radius = torch.as_tensor(radius, dtype=torch.float64, device=reference.device)
+    if radius.ndim and radius.shape != (len(reference),):
+        raise ValueError(
+            f"radius has shape {tuple(radius.shape)}; give one number or one per row, ({len(reference)},)."
+        )
+    if not (radius > 0).all():
+        raise ValueError("a radius must be positive.")
+    return torch.cat([(block < radius).any(dim=1) for block in _distance_blocks(generated, reference)])
+
+
 def bootstrap_interval(
     values: Tensor, level: float = 0.95, generator: torch.Generator | None = None, resamples: int = 2000
 ) -> tuple[float, float]:
@@ -252,3 +297,36 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
     return low, high
+
+
+def jackknife_interval(
+    statistic: Callable[[Tensor], float], rows: Tensor, level: float = 0.95, groups: int = 20
+) -> tuple[float, float]:
+    """Interval of a statistic of a whole set, such as the Vendi score or the Fréchet distance.
+
+    The grouped jackknife (Efron and Tibshirani 1993, chapter 11) leaves out one group of rows at a time. A bootstrap
+    would repeat rows, which these statistics take for a lack of diversity.
+
+    Args:
+        statistic: of rows (n, d).
+        rows: (n, d), in an order without meaning or with one prompt after another; groups are every `groups`-th row.
+        level: of the normal interval around the statistic, between 0 and 1.
+        groups: at least 2; at most n are used.
+
+    Returns:
+        lower and upper end.
+
+    Raises:
+        ValueError: fewer than two rows or groups, or a level outside (0, 1).
+    """
+    groups = min(groups, len(rows))
+    if groups < 2:
+        raise ValueError(f"an interval needs at least 2 rows and groups, got {len(rows)} rows, {groups} groups.")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}.")
+    member = torch.arange(len(rows), device=rows.device) % groups
+    values = torch.tensor([statistic(rows[member != group]) for group in range(groups)], dtype=torch.float64)
+    error = ((groups - 1) / groups * (values - values.mean()).square().sum()).sqrt().item()
+    reach = error * statistics.NormalDist().inv_cdf((1 + level) / 2)
+    value = statistic(rows)
+    return value - reach, value + reach

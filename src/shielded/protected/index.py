@@ -8,8 +8,8 @@ For each row z of a shard an index holds
 - ‖z‖² and ρ ≥ ‖t − PᵀPt‖, the energy of the other frequencies.
 
 The rows are in order of ‖z‖, and in cells of equal size, so that the rows of a cell are about equally far from anything
-and are ruled out, or looked at more closely, together. How far codes are from what they stand for is measured in float64 when the index is
-built, so no bound made of them has to assume anything about the data.
+and are ruled out, or looked at more closely, together. How far codes are from what they stand for is measured in
+float64 when the index is built, so no bound made of them has to assume anything about the data.
 
 An index is not part of the set: it is made when it is missing, never changes, and goes with its shard.
 """

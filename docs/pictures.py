@@ -1,0 +1,127 @@
+"""Draws the pictures of the documentation with the package's own code.
+
+python docs/pictures.py                  # shields.svg and overlap.svg; needs matplotlib
+python docs/pictures.py --demo demo      # overview.webp
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+from matplotlib.patches import Circle
+from PIL import Image
+from torch import Tensor
+
+from shielded import RepelledDenoiser, Spell, repellency
+from shielded.files import replacing
+from shielded.report import Row, protection_grid, stack
+
+BLUE, ORANGE, GREY = "#2563a8", "#c2410c", "#6b7280"
+matplotlib.use("svg")
+matplotlib.rcParams |= {"svg.hashsalt": "shielded", "svg.fonttype": "path", "font.size": 10, "axes.titlesize": 11}
+
+
+def shields() -> pyplot.Figure:
+    """x0 step by step in a plane of eight memorised images, three of them protected."""
+    angle = torch.arange(8) * torch.pi / 4
+    images = torch.stack([angle.cos(), angle.sin()], dim=1) * torch.tensor([2.0, 1.6])
+    protected, radius = images[[0, 3, 6]], 0.55
+    noise = torch.randn(24, 2, generator=torch.Generator().manual_seed(3))
+
+    def memory(x: Tensor, sigma: Tensor) -> Tensor:
+        """The ideal denoiser of the images: E[x0 | x] for x = x0 + sigma · noise."""
+        return torch.softmax(-(torch.cdist(x, images) ** 2) / (2 * sigma**2), dim=1) @ images
+
+    def path(spell: Spell | None) -> Tensor:
+        """(steps, B, 2): x0 at each step of Euler's method, after the correction."""
+        denoiser = memory if spell is None else RepelledDenoiser(memory, spell)
+        sigmas = torch.cat([torch.logspace(1.2, -1.5, 60), torch.zeros(1)])
+        x, seen = sigmas[0] * noise, []
+        for sigma, after in pairwise(sigmas):
+            x0 = denoiser(x, sigma)
+            x = x + (after - sigma) / sigma * (x - x0)
+            seen.append(x0)
+        return torch.stack(seen)
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+    spell = Spell(protected, radius, overcompensation=1.0, batch=False)
+    for ax, title, x0 in zip(axes, ("without SPELL", "with SPELL, λ = 1"), (path(None), path(spell)), strict=True):
+        for center in protected.tolist():
+            ax.add_patch(Circle(center, radius, facecolor=ORANGE, alpha=0.15))
+        for i in range(x0.shape[1]):
+            ax.plot(*x0[:, i].T, color=BLUE, linewidth=0.8, alpha=0.7)
+        ax.plot(*x0[-1].T, "o", color=BLUE, markersize=5)
+        ax.plot(*images.T, "x", color=GREY, markersize=6)
+        ax.plot(*protected.T, "x", color=ORANGE, markersize=6, markeredgewidth=2)
+        _plain(ax, title)
+    return figure
+
+
+def overlap() -> pyplot.Figure:
+    """The correction of points between two overlapping shields, by the paper's sum and by the smallest move."""
+    centers, radius = torch.tensor([[-0.6, 0.0], [0.6, 0.0]]), 1.0
+    across = torch.linspace(-1.35, 1.35, 10)
+    x0 = torch.cartesian_prod(across, torch.tensor([-0.55, -0.2, 0.2, 0.55]))
+    x0 = x0[(torch.cdist(x0, centers) < radius).any(dim=1)]
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.1), layout="constrained")
+    for ax, how, title in zip(axes, ("sum", "project"), ("the paper's sum", "the smallest move"), strict=True):
+        end = x0 + repellency(x0, centers, radius, overlap=how)
+        inside = (torch.cdist(end, centers) < radius - 1e-4).any(dim=1)
+        for center in centers.tolist():
+            ax.add_patch(Circle(center, radius, facecolor=ORANGE, edgecolor=ORANGE, alpha=0.15))
+        for start, stop, failed in zip(x0.tolist(), end.tolist(), inside.tolist(), strict=True):
+            color = ORANGE if failed else BLUE
+            ax.annotate("", stop, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 0, "shrinkB": 0})
+            ax.plot(*stop, "o", color=color, markersize=4)
+        _plain(ax, f"{title}: {int(inside.sum())} of {len(x0)} still inside")
+        ax.set(xlim=(-2.2, 2.2), ylim=(-1.35, 1.35))
+    return figure
+
+
+def overview(demo: Path) -> Image.Image:
+    """Two seeds of each prompt of the demo without and with protection, above its images of one prompt."""
+    report = json.loads((demo / "report.json").read_text())
+    before = {entry["image"]: entry for entry in report["certificates_without"]}
+    chosen = [entry for entry in report["certificates"] if entry["image"].endswith(("-0.png", "-1.png"))]
+    rows = [
+        Row(
+            "the upper pictures are protected, and the same seeds run again",
+            entry["seed"],
+            Image.open(demo / "without" / entry["image"]),
+            Image.open(demo / "with" / entry["image"]),
+            before[entry["image"]]["nearest_distance"],
+            entry["nearest_distance"],
+        )
+        for entry in chosen
+    ]
+    return stack([protection_grid(rows, report["radius"]), Image.open(demo / "diversity.png")])
+
+
+def _plain(ax: pyplot.Axes, title: str) -> None:
+    ax.set(title=title, xticks=[], yticks=[], aspect="equal")
+    ax.spines[:].set_color("#d1d5db")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
+    parser.add_argument("--demo", type=Path, help="what `shielded demo` wrote; without it, the drawings")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.demo:
+        with replacing(args.out / "overview.webp") as draft:
+            overview(args.demo).save(draft, format="WebP", quality=90)
+        return
+    for draw in (shields, overlap):
+        with replacing(args.out / f"{draw.__name__}.svg") as draft:
+            draw().savefig(draft, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

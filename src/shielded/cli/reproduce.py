@@ -1,0 +1,106 @@
+"""shielded reproduce"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shielded.cli.options import AsJson, Debug, Device, Model, UsageError, errors, positive, show
+
+
+class Experiment(StrEnum):
+    diversity = "diversity"
+    tradeoff = "tradeoff"
+    sparsity = "sparsity"
+    shielding = "shielding"
+
+
+def reproduce(
+    experiment: Annotated[Experiment, typer.Argument(help="Which of the paper's experiments.")],
+    out: Annotated[Path, typer.Option(help="Folder for results; a run that was stopped goes on there.")] = Path(
+        "study"
+    ),
+    model: Model = "emoji",
+    prompts: Annotated[
+        str, typer.Option(help="A number of captions of the embedded model, or a text file with one prompt a line.")
+    ] = "100",
+    images: Annotated[int, typer.Option(min=4, help="Images of each prompt and seed.")] = 16,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the sampler; default: enough for the model.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Of tradeoff: names with commas between; default: all.")] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Of the shields, L2 in the latent space; default: measured, or the preset's.")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real images: a webdataset tar with captions, or a folder per prompt. Default: plain images."
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="emoji, clip, dinov2 or inception; default: emoji for the embedded model, else clip."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, help="Images made at once; default: all of a prompt.")
+    ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="A Markdown file whose section of this experiment is renewed.")
+    ] = None,
+    plots: Annotated[bool, typer.Option(help="Draw plots; needs matplotlib.")] = True,
+    device: Device = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run an experiment of the SPELL paper at any size, with JSON, CSV, plots and a page as results.
+
+    Example: shielded reproduce diversity --prompts 20 --images 8 --seeds 1 --out study
+    """
+    with errors(debug):
+        if radius is not None:
+            positive(radius, "--radius")
+        if methods is not None and experiment is not Experiment.tradeoff:
+            raise UsageError("--methods is of tradeoff alone.")
+        from shielded.evaluation import reproduce as job
+
+        names = None if methods is None else [name.strip() for name in methods.split(",")]
+        unknown = [name for name in names or [] if name not in job.SWEEPS]
+        if unknown:
+            raise UsageError(f"--methods: {unknown[0]!r} is not known; use some of {', '.join(job.SWEEPS)}.")
+        study = job.Study(
+            out=out,
+            prompts=_prompts(prompts, model, reference),
+            images=images,
+            seeds=seeds,
+            model=model,
+            steps=steps,
+            encoder=features or ("emoji" if model == "emoji" else "clip"),
+            batch_size=batch_size,
+            device=device,
+            progress=not as_json,
+        )
+        result = job.reproduce(experiment, study, reference, plots, methods=names, radius=radius)
+        if docs is not None:
+            job.write_section(docs, result)
+        show(result, as_json, f"{job.markdown(result)}\n\nOpen {out / f'{experiment}.html'}")
+
+
+def _prompts(given: str, model: str, reference: Path | None) -> list[str]:
+    if given.isdigit():
+        from shielded.evaluation.reproduce import emoji_prompts
+
+        if model != "emoji":
+            raise UsageError("--prompts: give a text file with one prompt a line; only the embedded model has its own.")
+        if int(given) < 1:
+            raise UsageError("--prompts must be at least 1.")
+        return emoji_prompts(int(given), reference)
+    path = Path(given)
+    if not path.is_file():
+        raise UsageError(f"--prompts: {given} is neither a number nor a text file.")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))

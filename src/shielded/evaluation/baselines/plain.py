@@ -1,0 +1,78 @@
+"""The pipeline as it is, and what the baselines have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from shielded.samplers import attach
+
+
+class Plain:
+    """Changes nothing and keeps the final latents. The baselines override the parts that they act through."""
+
+    finished: Tensor | None = None  # (B, *S) latents of the last run, as the scheduler returned them
+
+    def __call__(self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool = False) -> Tensor:
+        """What is added to x0 (B, *S) at this step."""
+        return torch.zeros_like(x0)
+
+    def start(self) -> None:
+        """A new trajectory begins."""
+
+    def finish(self, latents: Tensor) -> None:
+        """A trajectory ended with these latents (B, *S)."""
+        self.finished = latents.detach()
+
+    def hooks(self, pipe: Any) -> AbstractContextManager[None]:
+        """Changes to the pipeline beyond x0, undone on exit."""
+        return nullcontext()
+
+    @contextmanager
+    def attach(self, pipe: Any) -> Iterator[Self]:
+        """Act on every call of `pipe`, any diffusers pipeline with a supported scheduler, until the context is left.
+
+        Raises:
+            TypeError: a pipeline that the method cannot act on.
+            RuntimeError: on leaving, if the pipeline was not called.
+        """
+        with attach(pipe, self), self.hooks(pipe):
+            yield self
+
+
+def denoiser_of(pipe: Any) -> torch.nn.Module:
+    """The network that a pipeline evaluates at each step.
+
+    Raises:
+        TypeError: it has none by the usual names.
+    """
+    for name in ("transformer", "unet"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, torch.nn.Module):
+            return module
+    raise TypeError(f"{type(pipe).__name__} has neither a unet nor a transformer to act on.")
+
+
+def timestep_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The timestep among the arguments of a denoiser of diffusers."""
+    value = kwargs["timestep"] if "timestep" in kwargs else args[1]
+    return torch.as_tensor(value).flatten()[0]
+
+
+def pairwise(x0: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Squared distances (B, B) of flat rows, by subtraction, and which pairs of different rows act on each other."""
+    together = ~torch.eye(len(x0), dtype=torch.bool, device=x0.device)
+    if groups is not None:
+        groups = groups.to(x0.device)
+        together &= groups[:, None] == groups[None, :]
+    squared = torch.cdist(x0, x0, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return squared, together
+
+
+def weighted_offsets(x0: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j w_ij (x_i − x_j) for rows (B, D) and weights (B, B)."""
+    return weights.sum(dim=1, keepdim=True) * x0 - weights @ x0

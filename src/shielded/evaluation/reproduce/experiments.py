@@ -1,0 +1,207 @@
+"""The paper's experiments. Each returns a result that is plain data: what was run, and rows of metrics.
+
+Kirchhof et al., "Shielded Diffusion: Generating Novel and Diverse Images using Sparse Repellency", ICML 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shielded.evaluation.reproduce.measures import Measured, front, hypervolume, mean_estimate
+from shielded.evaluation.reproduce.reference import Reference
+from shielded.evaluation.reproduce.study import Cell, Setting, Study
+from shielded.latent_space import LatentSpace
+from shielded.models import PRESETS
+
+PLAIN = Setting("plain")
+PER_ROOT_DIM = 0.78  # the paper's radius of 200 for Stable Diffusion 3, per √dimension; for models without a preset
+LEVELS = tuple((round(1 - i / 10, 1), round(0.9 - i / 10, 1)) for i in range(10))
+PAIRS = {"recall": "precision", "coverage": "density", "vendi": "caption"}  # across: up
+WORST_CAPTION = 0.9  # of the plain caption score; points below it count for nothing, however diverse they are
+# What costs least for its diversity on the embedded model: a strong push while x0 is still a blurred mean.
+BEST: dict[str, Any] = {"window": (1.0, 0.85), "overcompensation": 5.0}
+RADIUS = {"emoji": (26.0, 44.0)}  # of the paper's formula and of our setting
+
+
+def spell(label: str, radius: float, **options: Any) -> Setting:
+    return Setting(label, "spell", radius, options)
+
+
+def paper(radius: float) -> Setting:
+    """The formula as published: the sum, λ = 1.6, at all noise levels."""
+    return spell("SPELL, the paper's sum", radius, overlap="sum", overcompensation=1.6)
+
+
+def best(radius: float) -> Setting:
+    """The setting that `BEST` describes."""
+    return spell("SPELL, our setting", radius, **BEST)
+
+
+def radii(study: Study, radius: float | None = None) -> tuple[float, float]:
+    """Of the paper's formula and of our setting: what was asked for, or measured, or the preset's per √dimension."""
+    if radius is not None:
+        return radius, radius
+    if study.model in RADIUS:
+        return RADIUS[study.model]
+    preset = PRESETS.get(study.model)
+    beginning = (preset.radius if preset else PER_ROOT_DIM) * LatentSpace.of(study.pipe).dim ** 0.5
+    return beginning, beginning
+
+
+# Strengths swept by `tradeoff`; radii are multiples of the model's own.
+SWEEPS: dict[str, Callable[[float, float], list[Setting]]] = {
+    "spell": lambda _, r: [best(round(f * r, 3)) for f in (0.4, 0.6, 0.8, 1, 1.25, 1.6)],
+    "spell-paper": lambda r, _: [paper(round(f * r, 3)) for f in (0.4, 0.5, 0.6, 0.75, 1, 1.2)],
+    "particle": lambda *_: [Setting("Particle Guidance", "particle", s) for s in (5.0, 10.0, 20.0, 40.0, 80.0, 160.0)],
+    "cads": lambda *_: [Setting("CADS", "cads", s) for s in (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)],
+    "interval": lambda *_: [Setting("Interval Guidance", "interval", s) for s in (0.2, 0.4, 0.5, 0.6, 0.8, 1.0)],
+    "sgf": lambda *_: [Setting("SGF kernel, early", "sgf", s) for s in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)],
+    "noise": lambda *_: [Setting("farthest initial noise", "noise", s) for s in (1.0, 3.0, 7.0, 15.0)],
+}
+
+
+def diversity(study: Study, reference: Reference, radius: float | None = None) -> dict[str, Any]:
+    """The paper's table of recall, Vendi and FID with and without SPELL."""
+    formula, ours = radii(study, radius)
+    settings = [PLAIN, paper(formula), spell("SPELL, defaults", formula), best(ours)]
+    base, rows = None, []
+    for setting, measured in _measured(study, reference, settings):
+        base = base or measured
+        row = {**_named(setting), **measured.estimates()}
+        if measured is not base:
+            row["change"] = measured.changes(base)
+        rows.append(row)
+    return {"rows": rows}
+
+
+def tradeoff(
+    study: Study, reference: Reference, methods: Sequence[str] | None = None, radius: float | None = None
+) -> dict[str, Any]:
+    """Each method's strength swept: all points, Pareto fronts and the area they dominate."""
+    names = list(methods or SWEEPS)
+    unknown = [name for name in names if name not in SWEEPS]
+    if unknown:
+        raise ValueError(f"the method {unknown[0]!r} is not known; use some of {', '.join(SWEEPS)}.")
+    own = radii(study, radius)
+    sweeps = {name: SWEEPS[name](*own) for name in names}
+    rows, base = [], None
+    for setting, measured in _measured(study, reference, [PLAIN, *(s for sweep in sweeps.values() for s in sweep)]):
+        base = base or measured
+        change = {} if measured is base else {"change": measured.changes(base)}
+        rows.append({**_named(setting), **measured.estimates(), **change})
+    fronts = []
+    for across, up in PAIRS.items():
+        if any(up not in row for row in rows):
+            continue  # features without text have no caption score
+        for sweep in sweeps.values():
+            label = sweep[0].label
+            points = [(r[across]["value"], r[up]["value"]) for r in rows if r["label"] in ("plain", label)]
+            area = hypervolume(points, origin(across, rows[0]))
+            fronts.append({"across": across, "up": up, "label": label, "hypervolume": area, "front": front(points)})
+    return {"rows": rows, "fronts": fronts, "verdict": verdict(fronts)}
+
+
+def origin(across: str, plain: dict[str, Any]) -> tuple[float, float]:
+    """The worst point, from which the area under a front is measured."""
+    return (1.0, WORST_CAPTION * plain["caption"]["value"]) if across == "vendi" else (0.0, 0.0)
+
+
+def verdict(fronts: Sequence[dict[str, Any]]) -> list[str]:
+    """For each pair of metrics, who dominates the larger area, and where our setting loses."""
+    lines = []
+    for across, up in PAIRS.items():
+        ranked = sorted((f for f in fronts if f["across"] == across), key=lambda f: -f["hypervolume"])
+        if not ranked:
+            continue
+        order = ", ".join(f"{f['label']} {f['hypervolume']:.3f}" for f in ranked)
+        place = [f["label"] for f in ranked]
+        ours = best(1.0).label
+        if ours not in place:
+            end = ""
+        elif place[0] == ours:
+            end = f" {ours} dominates the largest area."
+        else:
+            end = f" {ours} loses to {', '.join(place[: place.index(ours)])}."
+        lines.append(f"{up} over {across}, area: {order}.{end}")
+    return lines
+
+
+def sparsity(study: Study, reference: Reference, radius: float | None = None) -> dict[str, Any]:
+    """Touched trajectories, and the push as a share of the score, by noise level."""
+    formula, ours = radii(study, radius)
+    rows = []
+    for setting, cells in study.cells([paper(formula), spell("SPELL, defaults", formula), best(ours)]):
+        rows += [{**_named(setting), **row} for row in levels(cells)]
+    return {"rows": rows}
+
+
+def levels(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row per noise level t = σ/(α + σ): the share of images with an active shield, and push/score where active."""
+    level, active, ratio = (torch.cat([c[k].flatten() for c in cells]) for k in ("level", "active", "ratio"))
+    rows = []
+    for high, low in LEVELS:
+        inside = (level > low) & (level <= high)
+        if not inside.any():
+            continue
+        touched = torch.cat([_touched(cell, low, high) for cell in cells])
+        push = ratio[inside & (active > 0)].double()
+        row: dict[str, Any] = {"from": high, "to": low, "touched": mean_estimate(touched)}
+        if len(push):
+            row |= {"ratio_median": push.median().item(), "ratio_max": push.max().item()}
+        rows.append(row)
+    return rows
+
+
+def _touched(cell: Cell, low: float, high: float) -> Tensor:
+    """(images,) 1 where a shield was active at a step between the levels."""
+    inside = (cell["level"] > low) & (cell["level"] <= high)
+    return ((cell["active"] > 0) & inside).any(dim=0).double()[inside.any(dim=0)]
+
+
+def shielding(study: Study, reference: Reference, radius: float | None = None) -> dict[str, Any]:
+    """The paper's table of protected training images: share inside shields, precision and time, by method.
+
+    The protected set is the reference: real images, or plain ones of other seeds. Unless a radius is given, it is the
+    one that holds a tenth of the plain images, near the share that the paper starts from.
+    """
+    protected = reference.latents()
+    (_, plain), *_ = study.cells([PLAIN], protected)
+    found = torch.cat([cell["protected"] for cell in plain])
+    radius = found.quantile(0.1).item() if radius is None else radius
+    settings = [
+        PLAIN,
+        spell("SPELL-1, the paper's sum", radius, overlap="sum", nearest=1),
+        spell("SPELL-10, the paper's sum", radius, overlap="sum", nearest=10),
+        spell("SPELL, all references (defaults)", radius),
+        spell("SPELL, all references, posterior radius", radius, radius_schedule="posterior"),
+    ]
+    features, rows = reference.features(), []
+    for setting, cells in study.cells(settings, protected):
+        distance = torch.cat([cell["protected"] for cell in cells])
+        inside = (distance < radius).double()
+        rows.append(
+            {
+                **_named(setting),
+                "inside": mean_estimate(inside),
+                "nearest_protected": distance.min().item(),
+                **Measured(cells, [features[prompt] for prompt in study.prompts]).estimates(),
+            }
+        )
+    return {"rows": rows, "radius": radius, "protected": len(protected)}
+
+
+def _measured(study: Study, reference: Reference, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Measured]]:
+    found = reference.features()
+    for setting, cells in study.cells(settings):
+        yield setting, Measured(cells, [found[prompt] for prompt in study.prompts])
+
+
+def _named(setting: Setting) -> dict[str, Any]:
+    return {"label": setting.label, "method": setting.method, "strength": setting.strength, "options": setting.options}
+
+
+EXPERIMENTS = {"diversity": diversity, "tradeoff": tradeoff, "sparsity": sparsity, "shielding": shielding}

@@ -1,0 +1,181 @@
+"""Results as JSON, CSV, plots and a page, and as a section of the documentation."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from shielded.evaluation.reproduce.experiments import EXPERIMENTS
+from shielded.evaluation.reproduce.measures import HEADINGS, flat
+from shielded.evaluation.reproduce.plots import plot
+from shielded.evaluation.reproduce.reference import Reference
+from shielded.evaluation.reproduce.study import Study
+from shielded.files import replacing, write_json
+
+_COLUMNS = {
+    "diversity": ["recall", "precision", "density", "coverage", "vendi", "similarity", "frechet", "caption", "seconds"],
+    "tradeoff": ["recall", "precision", "density", "coverage", "vendi", "frechet", "caption"],
+    "shielding": ["precision", "recall", "vendi", "frechet", "caption", "seconds"],
+}
+
+
+def reproduce(
+    experiment: str, study: Study, reference_path: Path | None = None, plots: bool = True, **options: Any
+) -> dict[str, Any]:
+    """Run an experiment, or what is left of it, and write its results to `study.out`.
+
+    Args:
+        experiment: a key of `EXPERIMENTS`.
+        study: prompts, images, seeds, model.
+        reference_path: real images, see `shielded.evaluation.reproduce.reference.real_images`.
+        plots: whether plots are drawn, which needs matplotlib.
+        **options: of the experiment: `methods`, `radius`.
+
+    Returns:
+        the result as in `<experiment>.json`.
+
+    Raises:
+        ValueError: options that do not fit.
+    """
+    study.out.mkdir(parents=True, exist_ok=True)
+    reference = Reference(study, reference_path)
+    given = {name: value for name, value in options.items() if value is not None}
+    result = {
+        "experiment": experiment,
+        "study": {**study.describe(), "prompts": len(study.prompts), "seeds": study.seeds},
+        "reference": reference.describe(),
+        **EXPERIMENTS[experiment](study, reference, **given),
+    }
+    write_json(study.out / f"{experiment}.json", result)
+    _write_csv(study.out / f"{experiment}.csv", result["rows"])
+    pictures = plot(result, study.out) if plots else []
+    with replacing(study.out / f"{experiment}.html") as draft:
+        draft.write_text(page(result, pictures), encoding="utf-8")
+    return result
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    columns = [{**flat({k: v for k, v in row.items() if k != "options"}), "options": row["options"]} for row in rows]
+    names = list(dict.fromkeys(name for row in columns for name in row))
+    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(columns)
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows as text: values with their 95 % intervals."""
+    if result["experiment"] == "sparsity":
+        head = ["setting", "noise level t", "images touched", "push/score, median", "most"]
+        return head, [
+            [
+                _name(row),
+                f"{row['from']:g}–{row['to']:g}",
+                _text(row["touched"], 3),
+                f"{row['ratio_median']:.3f}" if "ratio_median" in row else "–",
+                f"{row['ratio_max']:.3f}" if "ratio_max" in row else "–",
+            ]
+            for row in result["rows"]
+        ]
+    names = [name for name in _COLUMNS[result["experiment"]] if name in result["rows"][0]]
+    extra = ["inside"] if result["experiment"] == "shielding" else []
+    changed = result["experiment"] == "diversity"
+    head = ["setting", *("share inside" for _ in extra), *(HEADINGS[name][0] for name in names)]
+    head += ["Vendi, change", "Fréchet, change"] if changed else []
+    rows = []
+    for row in result["rows"]:
+        cells = [_name(row), *(_text(row[name], 4) for name in extra)]
+        cells += [_text(row[name], HEADINGS[name][1]) for name in names]
+        if changed:
+            cells += [_percent(row["change"][name]) if "change" in row else "" for name in ("vendi", "frechet")]
+        rows.append(cells)
+    return head, rows
+
+
+def _name(row: dict[str, Any]) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+    strength = f" ({row['strength']:g}{', ' + options if options else ''})" if row["strength"] else ""
+    return f"{row['label']}{strength}"
+
+
+def _text(value: dict[str, float], decimals: int) -> str:
+    text = f"{value['value']:.{decimals}f}"
+    if "low" in value:
+        text += f" [{value['low']:.{decimals}f}, {value['high']:.{decimals}f}]"
+    return text
+
+
+def _percent(value: dict[str, float]) -> str:
+    text = f"{100 * value['value']:+.1f} %"
+    if "low" in value:
+        text += f" [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    return text
+
+
+def setup(result: dict[str, Any]) -> str:
+    """One sentence that says what was run."""
+    study = result["study"]
+    sampler = f", {study['sampler']}" if study["sampler"] else ""
+    more = f" Radius {result['radius']:.2f}, {result['protected']} protected images." if "protected" in result else ""
+    return (
+        f"Model {study['model']}, {study['prompts']} prompts × {study['images']} images × {study['seeds']} seeds, "
+        f"{study['steps']} steps{sampler}; features: {study['encoder']}; reference: {result['reference']}. Metrics are "
+        "taken per prompt and averaged, the Fréchet distance is over all images; brackets are 95 % intervals over the "
+        f"prompts.{more}"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    head, rows = table(result)
+    lines = [setup(result), "", f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    if result.get("verdict"):
+        lines += ["", *(f"- {line}" for line in result["verdict"])]
+    return "\n".join(lines)
+
+
+def write_section(document: Path, result: dict[str, Any]) -> None:
+    """Replace the text between `<!-- <experiment>:begin -->` and `:end` in a Markdown document.
+
+    Raises:
+        ValueError: the document has no such section.
+    """
+    begin, end = (f"<!-- {result['experiment']}:{mark} -->" for mark in ("begin", "end"))
+    text = document.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{document} has no section between {begin} and {end}.")
+    body = f"{begin}\n{markdown(result)}\n{end}"
+    with replacing(document) as draft:
+        found = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, count=1, flags=re.DOTALL)
+        draft.write_text(found, encoding="utf-8")
+
+
+def page(result: dict[str, Any], pictures: Sequence[Path]) -> str:
+    """A page of its own, plots included."""
+    head, rows = table(result)
+    title = f"shielded reproduce {result['experiment']}"
+    figures = "".join(f"<figure>{_inline(path)}</figure>" for path in pictures)
+    listed = "".join(f"<li>{escape(line)}</li>" for line in result.get("verdict", []))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
+        "table{border-collapse:collapse;font-size:.85rem}th,td{padding:.3rem .6rem;border-bottom:1px solid #ccc;"
+        "text-align:left}div{overflow-x:auto}figure{margin:1rem 0}svg{max-width:100%;height:auto}</style>"
+        f"<h1>{title}</h1><p>{escape(setup(result))}</p>{f'<ul>{listed}</ul>' if listed else ''}{figures}"
+        f"<div><table><thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead><tbody>"
+        + "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        + f"</tbody></table></div><p>All figures: {result['experiment']}.json, {result['experiment']}.csv.</p></html>\n"
+    )
+
+
+def _inline(path: Path) -> str:
+    svg = path.read_text(encoding="utf-8")
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,211 @@
+"""One cell at a time: the images of one prompt, one method and one seed, reduced to features and kept on disk.
+
+A cell's file is there whole or not at all and its name says what made it, so a run that was killed goes on where it
+stopped, and a larger run reuses the cells of a smaller one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from shielded import __version__
+from shielded.evaluation.baselines import method
+from shielded.evaluation.features import Features, features
+from shielded.evaluation.metrics import caption_score, nearest_distance
+from shielded.files import replacing
+from shielded.models import PRESETS, load
+
+# With fewer steps than the pipeline's own sampler and the same scores (benchmarks/steps.py).
+SAMPLERS = {"emoji": ("DPMSolverMultistepScheduler", 10)}
+STEPS = 28  # of models without a preset
+REFERENCE_SEED = 1_000_000  # seeds of plain reference images start here, far from those of any experiment
+_SEEDS_APART = 10_000  # image j of seed s starts from s * 10,000 + j
+
+Cell = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with its strength and options, and the label it has in tables."""
+
+    label: str
+    method: str = "plain"
+    strength: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> dict[str, Any]:
+        """What decides about the images; settings that are called differently share their cells."""
+        return {"method": self.method, "strength": self.strength, "options": self.options}
+
+
+@dataclass
+class Study:
+    """What all cells of an experiment have in common.
+
+    Args:
+        out: folder of results; cells go to `out/cells`.
+        prompts: texts.
+        images: per prompt and seed; they are made as one batch and repel each other.
+        seeds: number of seeds.
+        model: as `shielded.models.load`.
+        steps: of the sampler; None: enough for the model.
+        encoder: name of the features, see `shielded.evaluation.features`.
+        batch_size: images made at once; None: all of a prompt. With fewer, SPELL remembers the batches before.
+        device: None: CUDA if there is one.
+        progress: whether a progress bar is shown.
+    """
+
+    out: Path
+    prompts: list[str]
+    images: int = 16
+    seeds: int = 3
+    model: str = "emoji"
+    steps: int | None = None
+    encoder: str = "emoji"
+    batch_size: int | None = None
+    device: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.images < 2 or self.seeds < 1 or not self.prompts:
+            raise ValueError("an experiment needs at least one prompt, two images and one seed.")
+        preset = PRESETS.get(self.model)
+        self.sampler, steps = SAMPLERS.get(self.model, (None, preset.steps if preset else STEPS))
+        self.steps = self.steps or steps
+        self.call = {preset.guidance_option: preset.guidance} if preset else {}
+
+    @cached_property
+    def pipe(self) -> Any:
+        import diffusers
+
+        pipe = load(self.model, self.device)
+        if self.sampler is not None:
+            pipe.scheduler = getattr(diffusers, self.sampler).from_config(pipe.scheduler.config)
+        return pipe
+
+    @cached_property
+    def features(self) -> Features:
+        return features(self.encoder, device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def describe(self) -> dict[str, Any]:
+        """What results depend on besides settings, prompts and seeds."""
+        return {
+            "version": __version__,
+            "model": self.model,
+            "steps": self.steps,
+            "sampler": self.sampler,
+            **self.call,
+            "images": self.images,
+            "batch_size": self.batch_size,
+            "encoder": self.encoder,
+        }
+
+    def cells(
+        self, settings: Iterable[Setting], protected: Tensor | None = None
+    ) -> Iterator[tuple[Setting, list[Cell]]]:
+        """Each setting with its cells, seed by seed and prompt by prompt within; made where they are not on disk.
+
+        Args:
+            settings: what to run.
+            protected: (K, *S) latents that "spell" then keeps away from, instead of from the images of the batch; cells
+                hold the distance to the nearest of them.
+        """
+        settings = list(settings)
+        total = len(settings) * self.seeds * len(self.prompts)
+        with tqdm(total=total, unit="cell", disable=not self.progress) as bar:
+            for setting in settings:
+                bar.set_description(setting.label)
+                found = []
+                for seed in range(self.seeds):
+                    for prompt in self.prompts:
+                        found.append(self.cell(setting, prompt, seed, protected))
+                        bar.update()
+                yield setting, found
+
+    def cell(self, setting: Setting, prompt: str, seed: int, protected: Tensor | None = None) -> Cell:
+        """One cell, from disk if it was made before."""
+        if setting.method == "plain" and protected is not None:  # the same images, measured against other references
+            cell = self.cell(setting, prompt, seed)
+            return {**cell, "protected": _nearest(cell["latents"], protected)}
+        key = {**self.describe(), **setting.key(), "prompt": prompt, "seed": seed}
+        if protected is not None:
+            key["protected"] = hashlib.sha256(protected.float().contiguous().numpy().tobytes()).hexdigest()
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        path = self.out / "cells" / name[:2] / f"{name}.safetensors"
+        if path.exists():
+            return load_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cell = self.make(setting, prompt, seed, protected)
+        with replacing(path) as draft:
+            save_file({k: v.contiguous() for k, v in cell.items()}, draft, metadata={"key": json.dumps(key)})
+        return cell
+
+    def make(self, setting: Setting, prompt: str, seed: int, protected: Tensor | None) -> Cell:
+        """Generate the images of a cell and measure them."""
+        size = self.batch_size or self.images
+        options = dict(setting.options)
+        if setting.method == "spell":
+            if protected is not None:
+                options |= {"protected": protected, "batch": False}
+            elif size < self.images:
+                options["history"] = True
+        elif setting.method == "cads":
+            options["seed"] = seed
+        how = method(setting.method, setting.strength, **options)
+        first = seed * _SEEDS_APART
+        # Class models name their classes; everything else takes text.
+        given = self.pipe.get_label_ids([prompt])[0] if hasattr(self.pipe, "get_label_ids") else prompt
+        images: list[Image.Image] = []
+        latents, traces = [], []
+        start = time.perf_counter()
+        for begin in range(0, self.images, size):
+            numbers = range(first + begin, first + min(begin + size, self.images))
+            generators = [torch.Generator().manual_seed(number) for number in numbers]
+            with how.attach(self.pipe):
+                images += self.pipe(
+                    [given] * len(numbers), num_inference_steps=self.steps, generator=generators, **self.call
+                ).images
+            latents.append(how.finished.float().cpu())
+            traces.append(trace_tensors(getattr(how, "trace", []), len(numbers)))
+        seconds = time.perf_counter() - start
+        flat = torch.cat(latents).flatten(1)
+        found = self.features.image_features(images)
+        pairs = torch.cdist(flat.double(), flat.double()).fill_diagonal_(torch.inf)
+        cell = {"features": found, "pair": pairs.amin(dim=1), "seconds": torch.tensor(seconds, dtype=torch.float64)}
+        if self.features.text_features is not None:
+            cell["caption"] = caption_score(found, self.features.text_features([prompt]))
+        if setting.method == "plain":
+            cell["latents"] = torch.cat(latents)  # they may become what is protected
+        if protected is not None:
+            cell["protected"] = _nearest(flat, protected)
+        for name in traces[0] if traces[0] else ():
+            cell[name] = torch.cat([trace[name] for trace in traces], dim=1)
+        return cell
+
+
+def _nearest(latents: Tensor, protected: Tensor) -> Tensor:
+    """(B,) float64 distance to the nearest protected latent."""
+    return nearest_distance(latents.flatten(1), protected.flatten(1))
+
+
+def trace_tensors(trace: list[dict[str, Any]], images: int) -> Cell:
+    """A trace as (steps, images) tensors: the noise level, whether a shield was active, the push over the score."""
+    columns = {"level": "noise_level", "active": "active", "ratio": "score_ratio"}
+    if not trace:
+        return {}
+    return {
+        name: torch.tensor([float(row[column]) for row in trace]).view(-1, images) for name, column in columns.items()
+    }

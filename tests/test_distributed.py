@@ -1,0 +1,238 @@
+"""Two processes make the images that one makes. They are started here and exchange tensors by gloo."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ideal import Ideal
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from shielded import LatentSpace, ProtectedSet, RepelledDenoiser, Spell, distributed
+from shielded.cli import app
+from shielded.generate import generate
+from shielded.models import GUIDANCE, load
+
+SEEDS = [0, 1, 2, 3, 4]  # of which no batch can be split evenly
+TOLERANCE = 1e-3  # latents have norm 33; convolutions round differently in batches of another size
+COMMAND = ["generate", "red heart", "-n", "3", "--steps", "3", "--json"]
+
+# ---- what both do ----
+
+
+def sampled(share):
+    """Euler steps with a denoiser that treats rows one by one, so that bits can be compared; two runs, with history."""
+    spell = Spell(radius=6.0, history=True)
+    correct = distributed.Gathered(spell, share)
+
+    def row_by_row(x, sigma):
+        return torch.cat([Ideal()(row[None], sigma) for row in x])
+
+    denoise = RepelledDenoiser(row_by_row, correct)
+    sigmas = torch.linspace(10, 0.05, 12).tolist()
+    finished = []
+    for run in range(2):
+        noise = torch.randn(share.count, 3, 4, 4, generator=torch.Generator().manual_seed(run))
+        x = sigmas[0] * share.take(noise)
+        correct.start()
+        for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+            x0 = denoise(x, sigma)
+            x = x0 + following / sigma * (x - x0)
+        finished.append(share.gather(correct.finish(x)))
+    return torch.cat(finished), len(spell.history), spell.trace
+
+
+def everything(folder, processes):
+    """All results of one or of several processes, in a folder; the set of protected images is there already."""
+    tensors, told = {}, {}
+    for count in (1, 2, 5):
+        tensors[f"sampled {count}"], *told[f"sampled {count}"] = sampled(distributed.Share.of(count))
+    pipe = load("emoji", "cpu")
+    options = {"steps": 3, "guidance_scale": GUIDANCE["emoji"], "progress": False, "processes": processes}
+    prompts = ["red heart"] * len(SEEDS)
+    protected = ProtectedSet.open(folder / "set")
+    spells = {"plain": None, "batch": Spell(radius=30.0, history=True), "protected": Spell(protected, batch=False)}
+    for name, spell in spells.items():
+        leaks = {"on_leak": "restart", "attempts": 2} if name == "protected" else {}
+        log = []
+        made = generate(
+            pipe,
+            prompts,
+            SEEDS,
+            spell,
+            batch_size=3,
+            log=lambda event, log=log, **content: log.append([event, content]),
+            **leaks,
+            **options,
+        )
+        tensors[name] = made.latents
+        tensors[f"{name} images"] = torch.stack([torch.from_numpy(np.array(image)) for image in made.images])
+        told[name] = [made.attempts, made.repair, made.refused, spell and spell.trace, log]
+    told["histories"] = len(spells["batch"].history)
+    return tensors, told
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    distributed.join("cpu")
+    tensors, told = everything(folder, processes=True)
+    save_file(tensors, folder / f"{distributed.is_main():d}.safetensors")
+    (folder / f"{distributed.is_main():d}.json").write_text(json.dumps(told))
+    app([*COMMAND, "--out", str(folder / "out"), "--protect", str(folder / "set")], standalone_mode=False)
+
+
+def run_in(processes, *arguments):
+    """Run this in so many processes, as `accelerate launch` would; returns what each printed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"ACCELERATE_USE_CPU": True, "OMP_NUM_THREADS": 1}
+    started = []
+    for rank in range(processes):
+        environment = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        command = [sys.executable, *map(str, arguments)]
+        started.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
+    try:
+        printed = [process.communicate(timeout=500)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * processes
+    return printed
+
+
+# ---- and what comes of it ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a protected set of two of the images that the plain model makes."""
+    folder = tmp_path_factory.mktemp("processes")
+    pipe = load("emoji", "cpu")
+    plain = generate(pipe, ["red heart"] * 2, SEEDS[1:3], steps=3, guidance_scale=GUIDANCE["emoji"], progress=False)
+    protected = ProtectedSet.create(folder / "set", LatentSpace.of(pipe))
+    protected.add(LatentSpace.of(pipe).encode(plain.images), ["one", "two"], 16.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield everything(folder, processes=False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    pytest.importorskip("accelerate")
+    printed = run_in(2, __file__, folder)
+    results = [
+        (load_file(folder / f"{main}.safetensors"), json.loads((folder / f"{main}.json").read_text()))
+        for main in (1, 0)
+    ]
+    return results, printed
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_sampler_makes_the_same_bits(one, two, count):
+    name = f"sampled {count}"
+    for tensors, told in two[0]:
+        assert torch.equal(tensors[name], one[0][name])
+        assert told[name] == json.loads(json.dumps(one[1][name]))
+    assert count == 1 or any(row["active"] for row in one[1][name][1])
+
+
+@pytest.mark.parametrize("name", ["plain", "batch", "protected"])
+def test_generate_makes_the_same_images(one, two, name):
+    expected, (attempts, repair, refused, _, log) = one[0], one[1][name]
+    for tensors, told in two[0]:
+        torch.testing.assert_close(tensors[name], expected[name], atol=TOLERANCE, rtol=0)
+        difference = tensors[f"{name} images"].int() - expected[f"{name} images"].int()
+        assert difference.abs().max() <= 1
+        assert told[name][:2] == [attempts, repair]
+        assert [reason is None for reason in told[name][2]] == [reason is None for reason in refused]
+    # The log is of all images in the main process, and events of one image are in their order.
+    for seed in SEEDS:
+        ours = [event for event, content in two[0][0][1][name][4] if content["seed"] == seed]
+        assert ours == [event for event, content in log if content["seed"] == seed]
+
+
+def test_what_is_repaired_is_the_same(one):
+    """Otherwise the test above shows nothing of repairs, nor that images of a batch see each other."""
+    assert "restart" in one[1]["protected"][1] or "push" in one[1]["protected"][1]
+    assert not torch.equal(one[0]["plain"], one[0]["batch"])
+
+
+def test_there_is_one_history_and_one_trace(one, two):
+    assert one[1]["histories"] == len(SEEDS)
+    for _, told in two[0]:
+        assert told["histories"] == len(SEEDS)
+        # Batches of 3 and 2 in one process and in two: the trace is of the last one.
+        pairs = list(zip(told["batch"][3], one[1]["batch"][3], strict=True))
+        assert pairs
+        for ours, theirs in pairs:
+            assert [ours[key] for key in ("run", "step", "image", "active")] == [
+                theirs[key] for key in ("run", "step", "image", "active")
+            ]
+            assert ours["push"] == pytest.approx(theirs["push"], abs=TOLERANCE)
+    # Images that do not see each other: batches of 3 in each process, so one of all.
+    trace = two[0][0][1]["protected"][3]
+    assert [(row["step"], row["image"]) for row in trace] == [(step, image) for step in range(3) for image in range(5)]
+    assert two[0][1][1]["protected"][3] == trace
+
+
+def test_the_command_writes_one_report(folder, two):
+    printed = sorted(two[1], key=len)
+    assert printed[0] == ""
+    report = json.loads(printed[1])
+    assert report == json.loads((folder / "out" / "report.json").read_text())
+    assert report["n"] == 3
+    kept = [certificate["image"] for certificate in report["certificates"]]
+    assert sorted(path.name for path in (folder / "out" / "with").glob("*.png")) == sorted(kept)
+    assert len(kept) + len(report["refused"]) == 3
+    for name in kept:
+        Image.open(folder / "out" / "with" / name).verify()
+    rows = list(csv.DictReader((folder / "out" / "trace.csv").open()))
+    assert [(int(row["step"]), int(row["image"])) for row in rows] == [(s, i) for s in range(3) for i in range(3)]
+
+
+def test_alone_there_is_nothing_to_join(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.join() is None
+    assert distributed.is_main()
+    share = distributed.Share.of(3)
+    assert (share.rows, share.own) == ([0, 1, 2], 3)
+
+
+def test_shares_cover_a_batch_once(monkeypatch):
+    for processes in (1, 2, 3, 8):
+        monkeypatch.setattr(distributed, "_processes", lambda n=processes: n)
+        for count in (1, 2, 5, 8, 9):
+            rows = []
+            for index in range(processes):
+                monkeypatch.setattr(distributed, "_index", lambda i=index: i)
+                share = distributed.Share.of(count)
+                assert len(share.rows) == -(-count // processes)
+                assert set(share.rows) <= set(range(count))
+                rows += share.rows[: share.own]
+            assert rows == list(range(count))
+
+
+def test_without_accelerate_it_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'shielded\[accelerate\]'"):
+        distributed.join()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

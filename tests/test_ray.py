@@ -1,0 +1,349 @@
+"""A cluster of one machine, started here: encoding and searching on it equal what one process does, whoever dies."""
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from shielded import Spell
+from shielded.cli import app
+from shielded.latent_space import LatentSpace
+from shielded.models import load
+from shielded.protected import ProtectedSet, add_images, cluster, protected_set, store
+
+WORKERS = 3
+TOKEN = "0" * 32  # of clusters that live as long as this file's tests
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Cluster:
+    """`ray start --head`, and all processes that come of it."""
+
+    def __init__(self, processors):
+        self.folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the paths of sockets must be short
+        self.address = f"127.0.0.1:{free_port()}"
+        start = [Path(sys.executable).with_name("ray"), "start", "--head", "--node-ip-address", "127.0.0.1"]
+        start += ["--port", self.address.rpartition(":")[2], "--num-cpus", str(processors), "--temp-dir", self.folder]
+        start += ["--object-store-memory", str(100 << 20), "--include-dashboard", "false", "--disable-usage-stats"]
+        started = subprocess.run(list(map(str, start)), capture_output=True, text=True)
+        if started.returncode:
+            self.stop()
+            pytest.fail(started.stdout + started.stderr)
+
+    def processes(self):
+        roots = [p for p in psutil.process_iter(["cmdline"]) if self.folder in " ".join(p.info["cmdline"] or [])]
+        return {process for root in roots for process in [root, *root.children(recursive=True)]} - {psutil.Process()}
+
+    def workers(self, name):
+        found = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                if " ".join(process.cmdline()).startswith(f"ray::{name}"):
+                    found.append(process)
+        return found
+
+    def kill(self):
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def stop(self):
+        self.kill()
+        psutil.wait_procs(self.processes(), timeout=10)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def ray(environment):
+    ray = pytest.importorskip("ray")
+    started = Cluster(WORKERS)
+    try:
+        cluster.connect(started.address)
+        yield ray, started
+    finally:
+        ray.shutdown()
+        started.stop()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """400 references in seven files, 58 of them removed, with radii of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protected_set, "_SHARD_BYTES", 60 * 64 * 4)
+        protected = ProtectedSet.create(tmp_path_factory.mktemp("set"), LatentSpace(shape=(4, 4, 4)))
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(400, 4, 4, 4, generator=generator)
+        radii = 7 + 3 * torch.rand(400, generator=generator, dtype=torch.float64)
+        protected.add(latents, list(range(400)), radii, sources=[f"{i}.png" for i in range(400)])
+        protected.remove(range(0, 400, 7))
+    return protected
+
+
+@pytest.fixture(scope="module")
+def spread(ray, stored):
+    return ProtectedSet.open(stored.path, ray=ray[1].address)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def same_hits(a, b):
+    return all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(astuple(a), astuple(b), strict=True))
+
+
+def astuple(hits):
+    return hits.query, hits.row, hits.distance
+
+
+def test_the_set_reads_the_same(spread, stored):
+    assert len(spread._parts) >= WORKERS
+    assert len(spread) == len(stored)
+    assert list(spread.ids) == list(stored.ids)
+    assert spread.sources[3:8:2] == stored.sources[3:8:2]
+    assert spread.ids[-1] == stored.ids[-1]
+    assert torch.equal(spread.radii, stored.radii)
+    assert spread.energy == pytest.approx(stored.energy, rel=1e-12)
+    rows = torch.tensor([300, 2, 2, 150])
+    assert torch.equal(spread.vectors(rows), stored.vectors(rows))
+    assert spread.verify() == stored.verify()
+    with pytest.raises(IndexError, match="rows 0 to"):
+        spread.vectors([len(stored)])
+
+
+@pytest.mark.parametrize("kind", ["own", "number", "per row", "per image and row"])
+def test_within_is_identical(spread, stored, x, kind):
+    generator = torch.Generator().manual_seed(2)
+    radius = {
+        "own": None,
+        "number": 9.0,
+        "per row": 7 + 4 * torch.rand(len(stored), generator=generator),
+        "per image and row": 7 + 4 * torch.rand(5, len(stored), generator=generator),
+    }[kind]
+    expected = stored.within(x, radius)
+    assert len(expected) > 5
+    assert same_hits(spread.within(x, radius), expected)
+    shrink = torch.tensor([0.0, 1.0, 10.0, 30.0, 1000.0])
+    assert same_hits(spread.within(x, radius, shrink), stored.within(x, radius, shrink))
+
+
+@pytest.mark.parametrize("k", [1, 7, 342])
+def test_nearest_is_identical(spread, stored, x, k):
+    distances, ids = spread.nearest(x, k)
+    expected, names = stored.nearest(x, k)
+    assert torch.equal(distances, expected)
+    assert ids == names
+
+
+def test_equal_distances_come_in_the_order_of_the_rows(ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(protected_set, "_SHARD_BYTES", 2 * 4 * 4)
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape=(4,)))
+    protected.add(torch.tensor([[1.0], [-1.0], [1.0], [-1.0], [1.0], [2.0]]).expand(6, 4), list("abcdef"))
+    spread = ProtectedSet.open(tmp_path / "set", ray=ray[1].address)
+    assert len(spread._parts) == WORKERS
+    assert spread.nearest(torch.zeros(1, 4), 5)[1] == [["a", "b", "c", "d", "e"]]
+
+
+def test_errors_are_those_of_any_set(spread, stored, x):
+    for call in (
+        lambda s: s.within(x[:, :2]),
+        lambda s: s.within(x * torch.nan),
+        lambda s: s.within(x, torch.ones(3)),
+        lambda s: s.within(x, -1.0),
+        lambda s: s.nearest(x, 343),
+    ):
+        with pytest.raises(ValueError) as expected:  # noqa: PT011
+            call(stored)
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            call(spread)
+        assert str(error.value) == str(expected.value)
+    with pytest.raises(RuntimeError, match="only read"):
+        spread.remove([1])
+
+
+def test_an_earlier_version(ray, stored, x):
+    spread = ProtectedSet.open(stored.path, version=2, ray=ray[1].address)
+    expected = ProtectedSet.open(stored.path, version=2)
+    assert len(spread) == len(expected) == 400
+    assert same_hits(spread.within(x), expected.within(x))
+
+
+def test_spell_takes_it_like_any_set(spread, stored, x):
+    delta = Spell(stored, batch=False)(x)
+    assert delta.any()
+    assert torch.equal(Spell(spread, batch=False)(x), delta)
+
+
+def test_a_worker_that_is_killed_is_replaced(ray, stored, spread, x):
+    asked = [part.within.remote(x.double().numpy(), 9.0, None) for part in spread._parts]
+    ray[1].workers("_Shards")[0].kill()
+    assert sum(len(row) for _, row, _ in cluster._results(asked)) == len(stored.within(x, 9.0))
+    assert same_hits(spread.within(x, 9.0), stored.within(x, 9.0))
+
+
+# ---- encoding ----
+
+
+def png(seed):
+    file = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((128, 128)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two archives with a name in common, single files, one of them twice, and one that is broken."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a", "b"):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for i in range(3):
+                data = png((ord(name), i))
+                member = tarfile.TarInfo(f"{i}.png")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (folder / "broken.png").write_bytes(b"no picture")
+    for name in ("c", "c-again"):
+        (folder / f"{name}.png").write_bytes(png(0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def space():
+    return LatentSpace.of(load("emoji", "cpu"))
+
+
+def content(protected):
+    return list(zip(protected.ids, protected.sources, protected.sha256, strict=True))
+
+
+def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp_path):
+    # Who reads the pipe waits for somebody who writes into it: meanwhile it is killed, and an encoder with it.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    listed = tmp_path / "list"
+    listed.write_text(f"{pictures / 'c.png'}\n{pipe}\n")
+    killed = []
+
+    def feed():
+        with pipe.open("wb"):  # opens when the reader does
+            killed.extend(process for process in ray[1].workers("Map") if reads(process, pipe))
+            killed.extend(ray[1].workers("MapWorker(MapBatches(_Encoder")[:1])
+            for process in killed:
+                process.kill()
+            psutil.wait_procs(killed)
+        pipe.write_bytes(png(1))
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    paths = [str(pictures), f"@{listed}"]
+    protected = ProtectedSet.create(tmp_path / "spread", space)
+    done = cluster.add_images(protected, paths, ray[1].address, "emoji", 5.0, batch_size=2, mirror=True, progress=False)
+    feeder.join()
+    assert len(killed) == 2
+    regular = tmp_path / "regular"
+    regular.mkdir()
+    (regular / "pipe").write_bytes(png(1))
+    listed.write_text(f"{pictures / 'c.png'}\n{regular / 'pipe'}\n")
+    alone = ProtectedSet.create(tmp_path / "alone", space)
+    expected = add_images(alone, paths, 5.0, space=space, mirror=True, progress=False)
+    assert (done.added, done.present) == (expected.added, expected.present) == (16, 2)
+    assert [path for path, _ in done.skipped] == [str(pictures / "broken.png")]
+    assert [row for row in content(protected) if "pipe" not in row[0]] == [
+        row for row in content(alone) if "pipe" not in row[0]
+    ]
+    assert list(protected.sha256) == list(alone.sha256)
+    assert torch.equal(protected.radii, alone.radii)
+    difference = protected.vectors(range(16)) - alone.vectors(range(16))
+    assert difference.abs().max() <= 1e-5 * alone.vectors(range(16)).abs().max()  # batches may be others
+    again = cluster.add_images(alone, str(pictures), ray[1].address, "emoji", mirror=True, progress=False)
+    assert (again.added, again.present) == (0, 8)
+
+
+def reads(process, file):
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if os.path.samefile(descriptor, file):
+                return True
+    return False
+
+
+def test_without_its_head_it_says_so_and_goes_on_later(environment, pictures, tmp_path):
+    pytest.importorskip("ray")
+    pipe, listed, out = tmp_path / "pipe", tmp_path / "list", tmp_path / "set"
+    os.mkfifo(pipe)
+    listed.write_text(f"{pictures / 'a.tar'}\n{pipe}\n")
+    command = ["protect", f"@{listed}", "--out", str(out), "--json"]
+    first, job = Cluster(2), None
+    try:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "shielded", *command, "--ray", first.address], stderr=subprocess.PIPE, text=True
+        )
+        with pipe.open("wb"):
+            first.kill()
+        stderr = job.communicate()[1]
+    finally:
+        if job is not None:
+            job.kill()
+        first.stop()
+    assert job.returncode == 1
+    assert "Error: the head of the Ray cluster" in stderr
+    kept = ProtectedSet.open(out)
+    kept.verify()
+    done = len(kept)
+    assert done in (0, 3)
+    pipe.unlink()
+    pipe.write_bytes(png(1))
+    finished = CliRunner().invoke(app, command)
+    assert finished.exit_code == 0, finished.output
+    assert json.loads(finished.stdout)["added"] == 4 - done
+    assert list(ProtectedSet.open(out).ids) == ["a/0", "a/1", "a/2", "pipe"]
+    assert not (out / store.UNFINISHED).exists()
+
+
+# ---- without a cluster ----
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch, stored, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'shielded\[ray\]'"):
+        ProtectedSet.open(stored.path, ray="auto")
+
+
+def test_an_address_where_nothing_answers(stored, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match=r"no Ray cluster answers at 127.0.0.1:\d+; start one with `ray start"):
+        ProtectedSet.open(stored.path, ray=f"127.0.0.1:{free_port()}")
