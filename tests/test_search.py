@@ -1,105 +1,148 @@
-"""The search of large sets, with its indexes, against brute force in float64."""
+"""The search in large sets against brute force in float64, and the bounds that it is made of."""
+
+import os
+import stat
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from shielded import LatentSpace, ProtectedSet
-from shielded.protected import search
-
-BATCH, STEPS = 6, 8
-
-
-@pytest.fixture
-def indexed(monkeypatch):
-    """Small sets are searched as large ones are."""
-    monkeypatch.setattr(search, "SMALL", 0)
+from shielded.protected import index, neighbours, search
+from shielded.protected.vectors import Vectors
 
 
-def brute_force(x, z):
-    return np.stack([np.sqrt(np.square(z - row).sum(1)) for row in x.astype(np.float64)])
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Every loop runs more than once, and every way through the search is taken, on sets of some dozen rows."""
+    for module, name, value in (
+        (search, "SMALL", 0),
+        (index, "CELL", 8),
+        (index, "_HEAD", 6),
+        (index, "_PIECE", 100),
+        (neighbours, "_FEW", 1),
+        (neighbours, "_WORTH", 3),
+        (neighbours, "_KEPT", 3),
+    ):
+        monkeypatch.setattr(module, name, value)
 
 
-def trajectory(rng, z, scale):
-    """Queries from blurred to sharp; the first two end on references, the others next to some."""
-    start = scale * rng.standard_normal((BATCH, z.shape[1]))
-    for t in np.linspace(0, 1, STEPS):
-        x = (1 - t) * 0.1 * start + t * z[:BATCH]
-        x[2:] += 0.05 * t * start[2:]
-        yield x.astype(np.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("shape", "scale"), [((4, 4, 4), 1.0), ((4, 16, 16), 1e-3), ((96,), 50.0)])
-def test_equal_to_brute_force_after_adds_and_removes(indexed, tmp_path, shape, scale, dtype):
-    rng = np.random.default_rng(7)
-    protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape), dtype)
-    for n, count in enumerate((2500, 1500, 40)):
-        rows = torch.from_numpy(scale * rng.standard_normal((count, *shape))).to(dtype)
-        rows[: count // 50] = rows[-(count // 50) or None :][: count // 50]  # duplicates
-        protected.add(rows, [f"{n}-{i}" for i in range(count)])
-    for removed in ((), ("0-3", "1-7", "2-0")):
-        protected.remove(list(removed))
-        z = protected.vectors(range(len(protected))).double().flatten(1).numpy()
-        radii = np.median(brute_force(z[:1], z)) * rng.uniform(0.5, 1.1, len(z))
-        for step, x in enumerate(trajectory(rng, z, scale)):
-            exact, queries = brute_force(x, z), torch.from_numpy(x).unflatten(1, shape)
-            k = (1, 10)[step % 2]
-            distances, rows = protected.nearest_rows(queries, k)
-            order = np.argsort(exact, axis=1, kind="stable")[:, :k]
-            np.testing.assert_array_equal(rows, order)
-            np.testing.assert_allclose(distances, np.take_along_axis(exact, order, 1), rtol=1e-12, atol=1e-300)
-            tie = exact[0, order[0, -1]]  # d < r is strict: the row at the shell itself is no hit
-            for radius in (float(np.quantile(exact, 0.02)), float(tie), torch.from_numpy(radii)):
-                if not torch.as_tensor(radius).all():
-                    continue
-                shrink = rng.uniform(0, 0.1, BATCH) * np.square(radii.min()) if step % 2 else None
-                limit = np.broadcast_to(np.asarray(radius, np.float64), exact.shape)
-                if shrink is not None:
-                    limit = np.sqrt(np.maximum(np.square(limit) - shrink[:, None], 0))
-                hits = protected.within(queries, radius, None if shrink is None else torch.from_numpy(shrink))
-                query, row = np.nonzero(exact < limit)
-                np.testing.assert_array_equal(hits.query, query)
-                np.testing.assert_array_equal(hits.row, row)
-
-
-@pytest.mark.parametrize("rows", ["equal", "far", "huge", "one large"])
-def test_adversarial_sets(indexed, tmp_path, rows):
-    rng = np.random.default_rng(3)
-    z = rng.standard_normal((600, 4, 4, 4))
-    if rows == "equal":
+def references(kind, rng, rows, dim):
+    """Float64 vectors that float32 holds exactly."""
+    z = rng.standard_normal((rows, dim))
+    if kind == "offset":  # tiny distances at a large distance from the origin
+        z = 1e3 + 1e-3 * z
+    elif kind == "clusters":
+        z = 10 * z[rng.integers(4, size=rows)] + 1e-2 * z
+    elif kind == "duplicates":
+        z = z[rng.integers(5, size=rows)]
+    elif kind == "equal":
         z[:] = z[0]
-    elif rows == "far":  # tiny differences on a large offset
-        z = 1000 + 1e-2 * z
-    elif rows == "huge":
-        z *= 1e17
-    else:
-        z[5] *= 1e6
-    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
-    protected.add(torch.from_numpy(z).float(), [str(i) for i in range(600)])
-    z = protected.vectors(range(600)).double().flatten(1).numpy()
-    for step in range(4):
-        x = (z[:3] * (1 + 1e-3 * step)).astype(np.float32)
-        exact, queries = brute_force(x, z), torch.from_numpy(x).view(3, 4, 4, 4)
-        found = protected.nearest_rows(queries, 5)[1]
-        np.testing.assert_array_equal(found, np.argsort(exact, axis=1, kind="stable")[:, :5])
-        radius = float(np.median(exact)) or 1.0
-        hits = protected.within(queries, radius)
-        query, row = np.nonzero(exact < radius)
-        np.testing.assert_array_equal(hits.query, query)
-        np.testing.assert_array_equal(hits.row, row)
+    elif kind == "zero":
+        z[:] = 0
+    elif kind == "norms":
+        z *= 10.0 ** rng.integers(-8, 9, size=(rows, 1))
+    elif kind == "tiny":
+        z *= 1e-30
+    elif kind == "huge":
+        z *= 1e30
+    elif kind == "integers":
+        z = np.rint(3 * z)
+    elif kind == "outlier":
+        z[0] *= 1e6
+    elif kind == "lines":  # energy in a few numbers
+        z[:, 1:] *= 1e-4
+    return z.astype(np.float32)
 
 
-def test_an_index_that_is_damaged_or_missing_is_made_anew(indexed, tmp_path):
-    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
-    protected.add(torch.randn(300, 4, 4, 4, generator=torch.Generator().manual_seed(0)), [str(i) for i in range(300)])
-    query = torch.zeros(1, 4, 4, 4)
-    expected = protected.nearest_rows(query, 3)[1]
-    (path,) = (tmp_path / "set").glob("*.index.safetensors")
-    path.write_bytes(b"nothing")
-    assert torch.equal(ProtectedSet.open(tmp_path / "set").nearest_rows(query, 3)[1], expected)
-    path.unlink()
-    assert torch.equal(ProtectedSet.open(tmp_path / "set").nearest_rows(query, 3)[1], expected)
-    protected.remove(["0"])
-    protected.compact()
-    assert not path.exists()
+KINDS = ["plain", "offset", "clusters", "duplicates", "equal", "zero", "norms", "tiny", "huge", "integers", "outlier"]
+SHAPES = [(1,), (5,), (40,), (2, 3, 3), (3, 4, 6), (2, 2, 3, 4)]
+
+
+def make(folder, z, shape, shards=3, alive=None, **options):
+    blocks = np.array_split(z, shards)
+    vectors = Vectors([], blocks, z.shape[1], alive)
+    paths = [index.index_path(folder / f"{number:06d}.safetensors") for number in range(shards)]
+    return search.Search(vectors, paths, shape, **options)
+
+
+def distances(x, z):
+    """All distances in float64, by subtraction."""
+    return np.stack([np.sqrt(np.square(query - z.astype(np.float64)).sum(1)) for query in x])
+
+
+def trajectory(rng, z, batch, steps):
+    """Queries that go from a blurred mean to references and beyond, with jumps; float64."""
+    goal = z[rng.integers(len(z), size=batch)].astype(np.float64)
+    scale = np.abs(goal).max() / 3
+    for step in range(steps):
+        share = step / max(1, steps - 2)
+        x = share * goal + (1 - share) * z.mean(0)
+        if step % 3 == 2:
+            x = x + scale * rng.standard_normal(x.shape) * 10.0 ** rng.integers(-6, 1)
+        yield x[rng.permutation(batch)[: rng.integers(1, batch + 1)]] if step % 4 == 3 else x
+
+
+def check(found, x, z, rng):
+    """One batch of queries, each way of asking."""
+    exact = distances(x, z)
+    queries = torch.from_numpy(x)
+    k = int(rng.integers(1, len(z) + 1))
+    distance, rows = found.nearest(queries, k)
+    order = np.argsort(exact, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(rows, order)
+    np.testing.assert_array_equal(distance, np.take_along_axis(exact, order, 1))
+
+    shell = float(rng.choice(exact.flatten()))  # strictly nearer: what is just on the shell is outside
+    shrink = rng.random(len(x)) * shell**2
+    for radius, less in (
+        (shell, None),
+        (np.nextafter(shell, np.inf), None),
+        (rng.permutation(exact[0]), None),
+        (exact * rng.choice([0.5, 1, 2], size=exact.shape), None),
+        (2 * shell, shrink),
+        (0.0, None),
+        (np.inf, None),
+    ):
+        limit = np.broadcast_to(radius, exact.shape)
+        if less is not None:
+            limit = np.sqrt(np.maximum(np.square(limit) - less[:, None], 0))
+        query, row = np.nonzero(exact < limit)
+        found_query, found_row, distance = found.within(queries, radius, less)
+        np.testing.assert_array_equal(found_query, query)
+        np.testing.assert_array_equal(found_row, row)
+        np.testing.assert_array_equal(distance, exact[query, row])
+
+        nearest = [np.sort([r for r in o if exact[q, r] < limit[q, r]][:k]) for q, o in enumerate(np.argsort(exact, 1, kind="stable"))]
+        found_query, found_row, distance = found.within(queries, radius, less, nearest=k)
+        np.testing.assert_array_equal(found_query, np.repeat(np.arange(len(x)), [len(rows) for rows in nearest]))
+        np.testing.assert_array_equal(found_row, np.concatenate(nearest))
+        np.testing.assert_array_equal(distance, exact[found_query, found_row])
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    kind=st.sampled_from(KINDS),
+    shape=st.sampled_from(SHAPES),
+    rows=st.integers(3, 60),
+    half=st.booleans(),
+    removed=st.booleans(),
+    memory=st.sampled_from([1, 1 << 20]),
+)
+def test_any_sequence_of_queries(tmp_path_factory, seed, kind, shape, rows, half, removed, memory):
+    rng = np.random.default_rng(seed)
+    z = references(kind, rng, rows, int(np.prod(shape)))
+    if half and np.abs(z).max() < 6e4:
+        z = z.astype(np.float16)
+    alive = None
+    if removed:
+        alive = rng.random(rows) < 0.7
+        alive[rng.integers(rows)] = True
+    with pytest.MonkeyPatch.context() as patch:
+        if memory == 1:
+            patch.setattr(neighbours, "_WORTH", int(rng.integers(1, 100)))
+        found = make(tmp_path_factory.mktemp("index"), z, shape, int(rng.integers(1, 4)), alive, memory=memory)
+        for x in trajectory(rng, z, batch=3, steps=5):
+            check(found, x, z if alive is None else z[alive], rng)

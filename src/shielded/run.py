@@ -51,7 +51,9 @@ def run(
     here = distributed.join(device)
     pipe = load(model, device if here is None else str(here))
     protected = None if protect is None else ProtectedSet.open(protect)
-    if protected is None:
+    if protected is not None:
+        protected.require_space(LatentSpace.of(pipe))  # before anything is sampled or written
+    else:
         radius, on_leak = radius or UNIT_FREE_RADIUS * LatentSpace.of(pipe).dim ** 0.5, "report"
     spell = Spell(protected, radius, overcompensation, batch=protected is None)
     prompts, seeds = [prompt] * n, list(range(seed, seed + n))

@@ -90,6 +90,8 @@ class Spell:
             radius = check_radius(radius, -1 if protected is None else len(protected))
         if isinstance(radius, Tensor) and (batch or history is not False):
             raise ValueError("batch and history references need one radius; a radius per image works with batch=False.")
+        if isinstance(protected, ProtectedSet) and radius is None:
+            _require_radii(protected.radii)
         if isinstance(protected, Tensor) and radius is None:
             raise ValueError("a tensor of protected references has no radii of its own; pass radius=...")
         if not overcompensation > 0 or overcompensation == float("inf"):
@@ -381,8 +383,7 @@ class Spell:
                 f"{tuple(x0.shape[1:])}; protect the images at the size that is generated."
             )
         radius = self.protected.radii if self.radius is None else self.radius
-        if isinstance(radius, Tensor) and radius.isnan().any():
-            raise ValueError("some protected images have no radius of their own; pass radius=... to Spell.")
+        _require_radii(radius)
         if self.mask is None:
             return SetReferences(self.protected, radius, x0.device, self.nearest)
         vectors = self.protected.vectors(torch.arange(len(self.protected)))
@@ -473,6 +474,13 @@ def _fitting(references: Tensor, x0: Tensor, name: str) -> Tensor:
     if not torch.isfinite(references).all():
         raise ValueError(f"the {name} contain NaN or infinity.")
     return references.to(x0.device)
+
+
+def _require_radii(radius: float | Tensor) -> None:
+    if isinstance(radius, Tensor) and radius.isnan().any():
+        raise ValueError(
+            "some protected images have no radius of their own; pass radius=... to Spell, or --radius to a command."
+        )
 
 
 def _pair_radius(radius: float, count: int, shrink: Tensor | None, device: torch.device) -> Tensor:

@@ -27,27 +27,31 @@ from shielded.cli.options import (
 def calibrate(
     out: Out = Path("calibration"),
     model: Model = "emoji",
-    protect: Annotated[Path | None, typer.Option(help="The protected set to choose radii for.")] = None,
+    protect: Annotated[Path | None, typer.Option(metavar="SET", help="The protected set to choose radii for.")] = None,
     images: Annotated[
         list[str] | None,
         typer.Option(
-            help="Image file, folder or glob; may be repeated. Where the set's pictures are now or, without a set, "
-            "the pictures to measure among."
+            metavar="PATH",
+            help="Where the set's pictures are now or, without a set, pictures to measure among; may be repeated.",
         ),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file, a prompt per line, for plain images; default: captions of the embedded model."),
+        typer.Option(metavar="FILE", help="A prompt per line, for plain images; default: captions of emoji."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=0, help="Plain images per prompt; 0 for none.")] = 4,
+    seeds: Annotated[int, typer.Option(metavar="N", min=0, help="Plain images per prompt; 0 for none.")] = 4,
     false_alarms: Annotated[
-        float, typer.Option(help="Share of different pictures that may lie within the suggested radius.")
+        float, typer.Option(metavar="X", help="Share of other pictures that may lie within.")
     ] = 0.01,
-    radius: Annotated[float | None, typer.Option(help="Report on this radius instead of suggesting one.")] = None,
+    radius: Annotated[
+        float | None, typer.Option(metavar="R", help="Report on this radius instead of suggesting one.")
+    ] = None,
     per_image: Annotated[
-        bool, typer.Option("--per-image", help="Also write a radius for each protected picture (radii.csv).")
+        bool, typer.Option("--per-image", metavar="", help="Also a radius for each protected picture (radii.csv).")
     ] = False,
-    sample: Annotated[int, typer.Option(min=1, help="Pictures that are changed and encoded again, at most.")] = 100,
+    sample: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Pictures to change and encode again, at most.")
+    ] = 100,
     seed: Seed = 0,
     steps: Steps = 25,
     device: Device = None,

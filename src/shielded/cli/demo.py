@@ -28,7 +28,7 @@ from shielded.cli.options import (
 
 def demo(
     out: Out = Path("demo"),
-    radius: Annotated[float | None, typer.Option(help="Of the shields, L2 in the latent space.")] = None,
+    radius: Annotated[float | None, typer.Option(metavar="R", help="Of the shields, L2 in the latent space.")] = None,
     seed: Seed = 0,
     steps: Steps = 25,
     overcompensation: Strength = 1.6,

@@ -31,10 +31,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     out: Out = Path("images"),
     model: Model = "emoji",
-    protect: Annotated[Path | None, typer.Option(help="A protected set to keep away from.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 4,
+    protect: Annotated[Path | None, typer.Option(metavar="SET", help="A protected set to keep away from.")] = None,
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Number of images.")] = 4,
     radius: Annotated[
-        float | None, typer.Option(help="L2 in the latent space; default: the set's own, else 0.8 per √dim.")
+        float | None, typer.Option(metavar="R", help="L2 in the latent space; default: the set's, else 0.8 √dim.")
     ] = None,
     seed: Seed = 0,
     steps: Steps = 25,

@@ -8,23 +8,24 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-Model = Annotated[str, typer.Option(help="'emoji' (embedded), a saved diffusers pipeline, or owner/name.")]
-Out = Annotated[Path, typer.Option(help="Folder for the results.")]
-Seed = Annotated[int, typer.Option(help="Added to all seeds.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
-Strength = Annotated[float, typer.Option("--overcompensation", help="Multiplies the correction (paper: 1.6).")]
+Model = Annotated[str, typer.Option(metavar="MODEL", help="emoji, pipeline folder, or owner/name.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Added to all seeds.")]
+Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the sampler.")]
+Strength = Annotated[float, typer.Option("--overcompensation", metavar="X", help="λ, multiplies the correction.")]
 OnLeak = Annotated[
     Literal["restart", "push", "refuse", "report"],
     typer.Option(
-        help="Images that are inside a shield all the same: sampled again (restart) or moved out (push) and, if that "
-        "fails, refused; refused at once; or only reported."
+        metavar="HOW",
+        help="With an image inside a shield all the same: restart (sample it again), push (move it out), both refuse "
+        "what stays inside; refuse; or report.",
     ),
 ]
-Attempts = Annotated[int, typer.Option(min=1, help="How often such an image is sampled at most.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA if there is one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON and no progress.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Attempts = Annotated[int, typer.Option(metavar="N", min=1, help="How often an image is sampled at most.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default: CUDA if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="JSON instead of a summary and progress.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace the results of an earlier run.")]
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks.")]
 
 
 class UsageError(ValueError):

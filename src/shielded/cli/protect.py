@@ -18,7 +18,7 @@ _SHOWN = 20  # images that could not be read
 
 
 def protect(
-    out: Annotated[Path, typer.Option("--out", help="The protected set.")],
+    out: Annotated[Path, typer.Option("--out", metavar="SET", help="The protected set.")],
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -28,19 +28,21 @@ def protect(
     ] = None,
     model: Model = "emoji",
     radius: Annotated[
-        float | None, typer.Option(help="Of the shields of these images, L2 in the latent space.")
+        float | None, typer.Option(metavar="R", help="Of the shields of these images, L2 in the latent space.")
     ] = None,
-    mirror: Annotated[bool, typer.Option("--mirror", help="Protect each image mirrored left to right too.")] = False,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", metavar="", help="Protect each image mirrored left to right too.")
+    ] = False,
     add: Annotated[
-        bool, typer.Option("--add", help="Add to a set that exists; images in it are not encoded again.")
+        bool, typer.Option("--add", metavar="", help="Add to a set that exists; what is in it stays.")
     ] = False,
     remove: Annotated[
-        list[str] | None, typer.Option(help="Id of an image to remove, with its mirror image; may be repeated.")
+        list[str] | None, typer.Option(metavar="ID", help="Remove this image and its mirror image; may be repeated.")
     ] = None,
-    compact: Annotated[bool, typer.Option("--compact", help="Delete removed images from disk.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at an image that cannot be read.")] = False,
+    compact: Annotated[bool, typer.Option("--compact", metavar="", help="Delete removed images from disk.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", metavar="", help="Stop at an image that cannot be read.")] = False,
     ray: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster whose workers read and encode (host:port, auto).")
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster whose workers read and encode.")
     ] = None,
     device: Device = None,
     as_json: AsJson = False,

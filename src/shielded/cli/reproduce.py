@@ -19,40 +19,34 @@ class Experiment(StrEnum):
 
 
 def reproduce(
-    experiment: Annotated[Experiment, typer.Argument(help="Which of the paper's experiments.")],
-    out: Annotated[Path, typer.Option(help="Folder for results; a run that was stopped goes on there.")] = Path(
-        "study"
-    ),
+    experiment: Annotated[Experiment, typer.Argument(metavar="EXPERIMENT", help="Which one.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Results; continued if stopped.")] = Path("study"),
     model: Model = "emoji",
-    prompts: Annotated[
-        str, typer.Option(help="A number of captions of the embedded model, or a text file with one prompt a line.")
-    ] = "100",
-    images: Annotated[int, typer.Option(min=4, help="Images of each prompt and seed.")] = 16,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    prompts: Annotated[str, typer.Option(metavar="N|FILE", help="Captions of emoji, or a text file.")] = "100",
+    images: Annotated[int, typer.Option(metavar="N", min=4, help="Images of each prompt and seed.")] = 16,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Number of seeds.")] = 3,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the sampler; default: enough for the model.")
+        int | None, typer.Option(metavar="N", min=1, help="Of the sampler; default: enough for the model.")
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Of tradeoff: names with commas between; default: all.")] = None,
+    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Of tradeoff; default: all.")] = None,
     radius: Annotated[
-        float | None, typer.Option(help="Of the shields, L2 in the latent space; default: measured, or the preset's.")
+        float | None, typer.Option(metavar="R", help="Of the shields; default: measured, or the preset's.")
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(
-            help="Real images: a webdataset tar with captions, or a folder per prompt. Default: plain images."
-        ),
+        typer.Option(metavar="PATH", help="Real images: a tar, or a folder per prompt."),
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="emoji, clip, dinov2 or inception; default: emoji for the embedded model, else clip."),
+        typer.Option(metavar="NAME", help="emoji, clip, dinov2, inception; default: by model."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=2, help="Images made at once; default: all of a prompt.")
+        int | None, typer.Option(metavar="N", min=2, help="Images made at once; default: all of a prompt.")
     ] = None,
     docs: Annotated[
-        Path | None, typer.Option(help="A Markdown file whose section of this experiment is renewed.")
+        Path | None, typer.Option(metavar="FILE", help="Renew this experiment's section of a Markdown file.")
     ] = None,
-    plots: Annotated[bool, typer.Option(help="Draw plots; needs matplotlib.")] = True,
+    plots: Annotated[bool, typer.Option(metavar="", help="Draw plots; needs matplotlib.")] = True,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -496,6 +496,12 @@ class ClusterSet(ProtectedSet):
         order = np.lexsort((rows, distances), axis=1)[:, :k]
         return tuple(_on(np.take_along_axis(column, order, 1), x0) for column in (distances, rows))
 
+    def nearest(self, x0: Tensor, k: int = 1) -> tuple[Tensor, list[list[str | int]]]:
+        """As of `ProtectedSet`."""
+        distances, rows = self.nearest_rows(x0, k)
+        names = self.ids.take(rows.flatten().cpu().numpy())
+        return distances, [names[i : i + k] for i in range(0, len(names), k)]
+
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("A set that was opened with ray= is only read; open it without, to change it.")
 
@@ -584,15 +590,16 @@ class _Column(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         rows = range(len(self))[index]
-        return self._read(rows) if isinstance(rows, range) else self._read(range(rows, rows + 1))[0]
+        return self.take(np.array(rows, np.int64)) if isinstance(rows, range) else self.take(np.array([rows]))[0]
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self), _PIECE):
             yield from self[start : start + _PIECE]
 
-    def _read(self, rows: range) -> list[Any]:
+    def take(self, rows: np.ndarray) -> list[Any]:
+        """The entries of the given rows, in one question to each actor."""
         values: list[Any] = [None] * len(rows)
-        for places, answer in self._protected._ask_for(np.array(rows, np.int64), "column", self._name):
+        for places, answer in self._protected._ask_for(rows, "column", self._name):
             for place, value in zip(places.tolist(), answer, strict=True):
                 values[place] = value
         return values

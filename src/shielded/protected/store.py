@@ -103,7 +103,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no protected set at {folder}: {MANIFEST} is missing.") from None
+        raise FileNotFoundError(
+            f"There is no protected set at {folder}: {MANIFEST} is missing. Make one: shielded protect IMAGES --out SET"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is damaged.") from None
     try:
