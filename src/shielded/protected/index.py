@@ -219,8 +219,11 @@ def read(path: Path, rows: int, projection: Projection) -> Index | None:
     except (OSError, SafetensorError):
         return None
     blank = len(index.order) - rows
-    sizes = index.codes.shape[1], index.head.shape[1]
-    return index if 0 <= blank < len(index.low) and sizes == (projection.dim, projection.size) else None
+    fits = 0 <= blank < len(index.low) and (index.codes.shape[1], index.head.shape[1]) == (
+        projection.dim,
+        projection.size,
+    )
+    return index if fits else None
 
 
 def check(path: Path) -> None:
