@@ -103,3 +103,32 @@ def test_an_index_that_is_damaged_or_missing_is_made_anew(indexed, tmp_path):
     protected.remove(["0"])
     protected.compact()
     assert not path.exists()
+
+
+def test_less_memory_takes_fewer_queries_at_a_time_and_finds_the_same(indexed, tmp_path):
+    rng = np.random.default_rng(5)
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
+    protected.add(torch.from_numpy(rng.standard_normal((900, 4, 4, 4))), [str(i) for i in range(900)])
+    queries = protected.vectors(range(0, 900, 100)) + 0.01
+    little = ProtectedSet.open(tmp_path / "set", memory=8 * 900 * 2)  # two queries at a time
+    for radius in (1.0, 9.0):
+        for nearest in (None, 1, 3):
+            all_at_once, two = (s.within(queries, radius, nearest=nearest) for s in (protected, little))
+            assert torch.equal(all_at_once.row, two.row)
+            assert torch.equal(all_at_once.distance, two.distance)
+    with pytest.raises(ValueError, match="memory must be a positive number"):
+        ProtectedSet.open(tmp_path / "set", memory=0)
+
+
+def test_the_nearest_within_a_radius(indexed, tmp_path):
+    rng = np.random.default_rng(6)
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
+    protected.add(torch.from_numpy(rng.standard_normal((700, 4, 4, 4))), [str(i) for i in range(700)])
+    z = protected.vectors(range(700)).double().flatten(1).numpy()
+    x = (z[:5] * 0.9).astype(np.float32)
+    exact = brute_force(x, z)
+    radius = float(np.quantile(exact, 0.01))
+    for k in (1, 4):
+        hits = protected.within(torch.from_numpy(x).view(5, 4, 4, 4), radius, nearest=k)
+        expected = [(i, row) for i in range(5) for row in sorted(np.argsort(exact[i])[:k]) if exact[i, row] < radius]
+        assert list(zip(hits.query.tolist(), hits.row.tolist(), strict=True)) == expected

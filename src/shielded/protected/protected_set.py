@@ -17,7 +17,7 @@ from ..latent_space import LatentSpace
 from . import store
 from .columns import Column, Digests, Ids, Rows, Texts, keys
 from .index import index_path
-from .search import Hits, Search
+from .search import MEMORY, Hits, Search
 from .vectors import Vectors
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -49,10 +49,18 @@ class ProtectedSet:
     sources: Column
     sha256: Column
 
-    def __init__(self, path: Path, manifest: store.Manifest, space: LatentSpace, version: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: store.Manifest,
+        space: LatentSpace,
+        version: int | None = None,
+        memory: int | None = None,
+    ) -> None:
         """For `create` and `open`."""
         self.path = path
         self.space = space
+        self._memory = MEMORY if memory is None else memory
         self._files: dict[str, Rows] = {}
         self._load(manifest, version)
 
@@ -105,7 +113,9 @@ class ProtectedSet:
         return cls(path, manifest, space)
 
     @classmethod
-    def open(cls, path: str | Path, version: int | None = None, ray: str | None = None) -> ProtectedSet:
+    def open(
+        cls, path: str | Path, version: int | None = None, ray: str | None = None, memory: int | None = None
+    ) -> ProtectedSet:
         """Opens a set.
 
         Args:
@@ -114,15 +124,20 @@ class ProtectedSet:
                 `compact` deletes what has been removed since.
             ray: address of a Ray cluster whose workers share the shards between them and search them, for a set that
                 is too large for one machine; see `shielded.protected.cluster`.
+            memory: bytes that the search may hold besides queries and answers, in each worker with `ray`; None: 1 GiB.
+                With less it takes fewer images at a time. What is mapped from disk does not count.
 
         Returns:
             The set.
 
         Raises:
             FileNotFoundError: if there is no set, or one of its files is missing.
-            ValueError: if one of its files is damaged, or the version does not exist or no longer does.
+            ValueError: if one of its files is damaged, the version does not exist or no longer does, or the memory is
+                not positive.
             RuntimeError: if Ray is not installed, or no cluster answers at that address.
         """
+        if memory is not None and not memory > 0:
+            raise ValueError(f"memory must be a positive number of bytes, not {memory}; 1 << 30 is 1 GiB.")
         path = Path(path)
         manifest = store.read_manifest(path)
         make: Callable[..., ProtectedSet] = cls
@@ -132,7 +147,7 @@ class ProtectedSet:
             make = partial(ClusterSet, address=ray)
         while True:
             try:
-                return make(path, manifest, LatentSpace.from_json(manifest["space"]), version)
+                return make(path, manifest, LatentSpace.from_json(manifest["space"]), version, memory=memory)
             except FileNotFoundError:
                 # A writer may have replaced files between the two reads; then there is a newer manifest.
                 newer = store.read_manifest(path)
@@ -304,7 +319,13 @@ class ProtectedSet:
         stored = numbers if self._live is None else self._live[numbers]
         return torch.from_numpy(self._vectors.take(stored)).to(rows.device).unflatten(1, self.space.shape)
 
-    def within(self, x0: Tensor, radius: float | Tensor | None = None, shrink: Tensor | None = None) -> Hits:
+    def within(
+        self,
+        x0: Tensor,
+        radius: float | Tensor | None = None,
+        shrink: Tensor | None = None,
+        nearest: int | None = None,
+    ) -> Hits:
         """Finds every reference that is nearer than its radius, strictly: d < r. None is missed.
 
         Args:
@@ -312,17 +333,20 @@ class ProtectedSet:
             radius: L2: one number, one per row (K,), one per image and row (B, K), or None for the set's own radii.
             shrink: (B,) what is subtracted from the squared radii of each image (posterior radius); a radius that it
                 brings to 0 finds nothing.
+            nearest: only so many hits of each image, the nearest ones; None: all.
 
         Returns:
             The hits, on the device of `x0`.
 
         Raises:
-            ValueError: if the shape of `x0` is wrong, a value is not finite, or a radius or `shrink` is missing or
-                negative.
+            ValueError: if the shape of `x0` is wrong, a value is not finite, a radius or `shrink` is missing or
+                negative, or `nearest` is below 1.
         """
+        if nearest is not None and nearest < 1:
+            raise ValueError(f"nearest must be at least 1, not {nearest}; None means all references within the radius.")
         x = self._checked_queries(x0)
         radii = self._checked_radius(radius, len(x))
-        query, row, distance = self._search.within(x, radii, _checked_shrink(shrink, len(x)))
+        query, row, distance = self._search.within(x, radii, _checked_shrink(shrink, len(x)), nearest)
         return Hits(*(_like(part, x0) for part in (query, row, distance)))
 
     def nearest(self, x0: Tensor, k: int = 1) -> tuple[Tensor, list[list[str | int]]]:
@@ -375,7 +399,7 @@ class ProtectedSet:
             alive = None
         self._live = None if alive is None else np.flatnonzero(alive)
         self._vectors = Vectors(paths, [rows.latents for rows in shards], dim, alive)
-        self._search = Search(self._vectors, [index_path(path) for path in paths], self.space.shape)
+        self._search = Search(self._vectors, [index_path(path) for path in paths], self.space.shape, self._memory)
         self.ids = Ids(shards, self._live, alive)
         self.sources = Column([rows.sources for rows in shards], self._live)
         self.sha256 = Column([rows.sha256 for rows in shards], self._live)

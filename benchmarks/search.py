@@ -1,0 +1,345 @@
+"""The exact search: is it exact, and what does it cost against brute force and FAISS.
+
+python benchmarks/search.py exact --work DIR    # against brute force in float64, three latent spaces
+python benchmarks/search.py speed --work DIR    # 10 k, 100 k and 1.2 M rows along a sampler's trajectories
+
+Both need photos and tiny autoencoders (`--photos`, `--taesd`; `search_data.py` says how sets are made of them) and keep
+what they make in DIR: 40 GB for 1.2 M rows. `speed` needs the extra `bench`, and an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from search_data import (
+    BATCH,
+    SIDE,
+    SPACES,
+    STEPS,
+    held_out,
+    large_set,
+    protected_part,
+    real_latents,
+    trajectories,
+    windows,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from shielded import LatentSpace, ProtectedSet
+from shielded.calibration import Calibration
+from shielded.protected import search
+
+THREADS = 2
+FLAT = 100_000  # rows up to which everything fits into memory as float32
+BEGIN, END = "<!-- search:begin -->\n", "<!-- search:end -->"
+
+
+def private() -> float:
+    """GB of memory that belong to this process alone: what is mapped from files is not among it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+# ---- exact ----
+
+
+def queries(latents: Tensor, refs: Tensor, count: int) -> Tensor:
+    """Sharp, blurred and noisy latents of other images, references themselves, and points between two of them."""
+    generator = torch.Generator().manual_seed(1)
+    part = count // 5
+    drawn = latents[torch.randint(len(latents), (3 * part,), generator=generator)].float()
+    sharp, blurred, noisy = drawn.split(part)
+    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(blurred, 4), scale_factor=4)
+    noisy = noisy + 0.5 * torch.randn(noisy.shape, generator=generator)
+    hits = refs[torch.randint(len(refs), (3, part), generator=generator)].float()
+    return torch.cat([sharp, blurred, noisy, hits[0], 0.7 * hits[1] + 0.3 * hits[2]])
+
+
+def float64_distances(x: np.ndarray, z: np.ndarray, squared: np.ndarray) -> np.ndarray:
+    """(B, K) by one float64 matrix product; off by less than 1e-4 where small, 1e-10 elsewhere."""
+    return np.sqrt(np.maximum(np.square(x).sum(1)[:, None] + squared - 2 * x @ z.T, 0))
+
+
+def exact(folder: Path, given: Path, taesd: Path, count: int) -> None:
+    for space, channels in SPACES.items():
+        latents = real_latents(folder, given, taesd, space, 256, None if space == "sd1" else 500)[:500]
+        rows = windows(protected_part(latents), 16, 3)
+        others = windows(held_out(latents), 16, 3)
+        path = folder / f"exact-{space}"
+        protected = ProtectedSet.create(path, LatentSpace(shape=(channels, 16, 16)), torch.float16, overwrite=True)
+        for part in rows.split(5000):
+            protected.add(part, [f"{len(protected) + i}" for i in range(len(part))])
+        gone = torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))[:500]
+        protected.remove([str(i) for i in gone.tolist()])
+        protected.add(rows[gone[:200]], [f"again {i}" for i in range(200)])
+        assert len(protected) > search.SMALL
+        z = protected.vectors(range(len(protected))).flatten(1).double().numpy()
+        squared = np.square(z).sum(1)
+        asked = queries(others, rows, count)
+        wrong = {"within": 0, "nearest 1": 0, "nearest 10": 0}
+        found = 0
+        for x0 in tqdm(asked.split(50), space):
+            x = x0.flatten(1).double().numpy()
+            rough = float64_distances(x, z, squared)
+            # The 20 nearest, by subtraction; the 20th distance itself is the radius, so it is no hit.
+            near = np.argpartition(rough, 30, axis=1)[:, :31]
+            near.sort(axis=1)
+            away = np.stack([np.sqrt(np.square(x[i] - z[near[i]]).sum(1)) for i in range(len(x))])
+            order = np.argsort(away, axis=1, kind="stable")
+            row, away = np.take_along_axis(near, order, 1), np.take_along_axis(away, order, 1)
+            radius = np.maximum(away[:, 19], 1e-3)
+            assert (np.partition(rough, 30, axis=1)[:, 30] > radius + 1e-3).all()  # none is left out by the rough ones
+            hits = protected.within(x0, torch.from_numpy(radius)[:, None].expand(-1, len(z)))
+            for i in range(len(x)):
+                inside = np.sort(row[i][away[i] < radius[i]])
+                wrong["within"] += not np.array_equal(hits.row[hits.query == i].numpy(), inside)
+                found += len(inside)
+            for k in (1, 10):
+                distances, rows_found = protected.nearest_rows(x0, k)
+                same = (rows_found.numpy() == row[:, :k]).all(1) & np.isclose(distances, away[:, :k], rtol=1e-12).all(1)
+                wrong[f"nearest {k}"] += int((~same).sum())
+        print(
+            f"{space}: {len(protected):,} rows of {z.shape[1]:,} numbers, {len(asked):,} queries, {found:,} hits: "
+            + ", ".join(f"{name} wrong {number}" for name, number in wrong.items()),
+            flush=True,
+        )
+
+
+# ---- speed ----
+
+
+def protected_set(folder: Path, given: Path, taesd: Path, rows: int) -> ProtectedSet:
+    path = folder / f"set-{rows}"
+    if not path.exists():
+        draft = ProtectedSet.create(folder / f"draft-{rows}", LatentSpace(shape=(4, SIDE, SIDE)), torch.float16, True)
+        start = 0
+        for part in tqdm(large_set(folder, given, taesd, rows), f"{rows:,} rows", total=-(-rows // 8192)):
+            draft.add(part, list(range(start, start + len(part))))
+            start += len(part)
+        draft.path.rename(path)
+    return ProtectedSet.open(path)
+
+
+Job = Callable[[Tensor, float], Any]  # x0 (B, *S) and its noise level
+
+
+def timed(job: Job, run: dict[str, list]) -> tuple[float, list[Any]]:
+    """Seconds of one trajectory, and the answers of its steps."""
+    start = time.perf_counter()
+    answers = [job(x0, level) for x0, level in zip(run["x0"], run["levels"], strict=True)]
+    return time.perf_counter() - start, answers
+
+
+def ours(protected: ProtectedSet, radius: float) -> dict[str, Job]:
+    """What `Spell` asks a protected set."""
+    calibration = Calibration(energy=protected.energy)
+
+    def posterior(x0: Tensor, level: float) -> Any:
+        return protected.within(x0, radius, calibration.posterior_variance(x0.flatten(1).square().sum(1), level))
+
+    return {
+        "nearest 1": lambda x0, level: protected.nearest_rows(x0, 1)[1].numpy(),
+        "nearest 10": lambda x0, level: protected.nearest_rows(x0, 10)[1].numpy(),
+        "SPELL-1": lambda x0, level: protected.within(x0, radius, nearest=1),
+        "SPELL-10": lambda x0, level: protected.within(x0, radius, nearest=10),
+        "posterior": posterior,
+        "constant": lambda x0, level: protected.within(x0, radius),
+    }
+
+
+def brute_force(protected: ProtectedSet, k: int) -> Job:
+    """Float32 matrix products over all rows, as they are on disk."""
+    parts = [torch.from_numpy(rows) for _, rows in protected._vectors.parts()]
+    norms = [part.float().square().sum(1) for part in parts]
+
+    def job(x0: Tensor, level: float) -> Any:
+        x, best, row, start = x0.flatten(1), torch.empty(len(x0), 0), torch.empty(len(x0), 0, dtype=torch.long), 0
+        for part, squared in zip(parts, norms, strict=True):
+            distance = squared - 2 * x @ part.float().T
+            best = torch.cat([best, distance], dim=1)
+            row = torch.cat([row, torch.arange(start, start + len(part)).expand(len(x), -1)], dim=1)
+            best, at = best.topk(k, largest=False)
+            row = row.gather(1, at)
+            start += len(part)
+        return row.numpy()
+
+    return job
+
+
+def faiss_ivf(folder: Path, protected: ProtectedSet) -> Any:
+    """IVF with 4 √N cells, as FAISS advises; rows as float16, since 1.2 M in float32 would take 20 GB of memory.
+
+    k-means runs for 4 rounds on 20 rows a cell, and torch assigns the rows, so that building takes minutes, not hours.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(THREADS)
+    file = folder / f"faiss-{len(protected)}.index"
+    if not file.exists():
+        dim, cells = protected.space.dim, int(4 * len(protected) ** 0.5)
+        index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatL2(dim), dim, cells, faiss.ScalarQuantizer.QT_fp16)
+        index.cp.niter, index.cp.min_points_per_centroid = 4, 1
+        parts = [rows for _, rows in protected._vectors.parts()]
+        few = max(1, len(protected) // (20 * cells))
+        index.train(np.concatenate([rows[::few] for rows in parts]).astype(np.float32))
+        centres = torch.from_numpy(index.quantizer.reconstruct_n(0, cells))
+        half, squared, start = centres.T.bfloat16(), centres.square().sum(1), 0
+        for rows in tqdm(parts, "FAISS"):
+            cell = (squared - 2 * (torch.from_numpy(rows).bfloat16() @ half).float()).argmin(1).numpy()
+            rows = rows.astype(np.float32)
+            ids = np.arange(start, start := start + len(rows))
+            index.add_core(len(rows), *map(faiss.swig_ptr, (rows, ids, cell)))
+        faiss.write_index(index, str(file))
+    return faiss.read_index(str(file))
+
+
+def faiss_search(index: Any, k: int, probes: int | None) -> Job:
+    def job(x0: Tensor, level: float) -> Any:
+        if probes is not None:
+            index.nprobe = probes
+        return index.search(x0.flatten(1).numpy(), k)[1]
+
+    return job
+
+
+def recall(found: list[np.ndarray], true: list[np.ndarray]) -> float:
+    same = [
+        len(np.intersect1d(a, b)) / len(b) for f, t in zip(found, true, strict=True) for a, b in zip(f, t, strict=True)
+    ]
+    return float(np.mean(same))
+
+
+def unet_step() -> float:
+    """Seconds of one step of 8 images with guidance in a UNet of Stable Diffusion 1.5's size (860 M parameters)."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
+    latents, text = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
+    with torch.no_grad():
+        unet(latents, 10, text)
+        start = time.perf_counter()
+        unet(latents, 10, text)
+    return BATCH * (time.perf_counter() - start)
+
+
+def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int, out: Path | None) -> None:
+    others = held_out(real_latents(folder, given, taesd, "sd1", 256))
+    runs = trajectories(others, seeds)
+    step = unet_step()
+    print(f"a UNet step of {BATCH} images: {step:.1f} s", flush=True)
+    results = []
+    for count in counts:
+        protected = protected_set(folder, given, taesd, count)
+        protected.nearest_rows(runs[0]["x0"][-1], 1)  # the index is made, or mapped
+        # A tenth of other photos would lie within it.
+        radius = float(protected.nearest(others[:100].float())[0].quantile(0.1))
+        gc.collect()
+        before = private()
+        jobs = ours(protected, radius)
+        true = {k: [timed(jobs[f"nearest {k}"], run)[1] for run in runs] for k in (1, 10)}
+        memory = private() - before
+        ivf = faiss_ivf(folder, protected)
+        for k in (1, 10):
+            jobs |= {f"FAISS IVF, nprobe {p}, k = {k}": faiss_search(ivf, k, p) for p in (1, 10)}
+        if count <= FLAT:
+            flat = faiss_flat(protected)
+            jobs |= {f"FAISS flat, k = {k}": faiss_search(flat, k, None) for k in (1, 10)}
+            jobs["torch brute force, k = 10"] = brute_force(protected, 10)
+        seconds: dict[str, list[float]] = {name: [] for name in jobs}
+        found: dict[str, list[float]] = {}
+        for run, nearest_1, nearest_10 in zip(runs, true[1], true[10], strict=True):  # all of them, one after another
+            for name, job in jobs.items():
+                taken, answers = timed(job, run)
+                seconds[name].append(taken)
+                if name.startswith(("FAISS", "torch")):
+                    right = nearest_1 if name.endswith("k = 1") else nearest_10
+                    found.setdefault(name, []).append(recall(answers, right))
+        if count > FLAT:
+            # Each step costs the same; 30 of them would take minutes.
+            job, (x0, level) = brute_force(protected, 10), (runs[0]["x0"][0], runs[0]["levels"][0])
+            start = time.perf_counter()
+            job(x0, level)
+            seconds["torch brute force, k = 10"] = [STEPS * (time.perf_counter() - start)]
+        for name, taken in seconds.items():
+            row = {
+                "rows": count,
+                "search": name,
+                "seconds": statistics.median(taken),
+                "least": min(taken),
+                "most": max(taken),
+                "recall": float(np.mean(found[name])) if name in found else 1.0,
+                "share": statistics.median(taken) / STEPS / step,
+                "memory": memory,
+                "radius": radius,
+            }
+            results.append(row)
+            print(row, flush=True)
+        del ivf, jobs
+        gc.collect()
+    if out is not None:
+        text = out.read_text(encoding="utf-8")
+        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        out.write_text(text[:begin] + table(results, step, seeds) + text[end:], encoding="utf-8")
+
+
+def faiss_flat(protected: ProtectedSet) -> Any:
+    import faiss
+
+    index = faiss.IndexFlatL2(protected.space.dim)
+    for _, rows in protected._vectors.parts():
+        index.add(rows.astype(np.float32))
+    return index
+
+
+def table(results: list[dict[str, Any]], step: float, seeds: int) -> str:
+    counts = list(dict.fromkeys(row["rows"] for row in results))
+    lines = [f"| search | {' | '.join(f'{count:,} rows' for count in counts)} | recall | share of a UNet step |"]
+    lines.append("|---" * (len(counts) + 3) + "|")
+    for name in dict.fromkeys(row["search"] for row in results):
+        own = {row["rows"]: row for row in results if row["search"] == name}
+        cells = [
+            f"{own[c]['seconds']:.2f} ({own[c]['least']:.2f}–{own[c]['most']:.2f})" if c in own else "–" for c in counts
+        ]
+        last = own[max(own)]
+        found = "1, exact" if last["recall"] == 1.0 else f"{last['recall']:.2f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {found} | {100 * last['share']:.2f} % |")
+    most = max(row["memory"] for row in results)
+    lines.append(
+        f"\nSeconds of a trajectory, median (least–most) of {seeds}; recall and the share of the largest set. Radius "
+        + ", ".join(f"{next(r['radius'] for r in results if r['rows'] == c):.1f} ({c:,} rows)" for c in counts)
+        + f". Private memory of the search at most {most:.2f} GB. A step of {BATCH} images with guidance in a UNet of "
+        f"Stable Diffusion 1.5's size takes {step:.1f} s here, on {THREADS} cores.\n"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["exact", "speed"])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, default=Path("../shared/data/photos1000.npz"))
+    parser.add_argument("--taesd", type=Path, default=Path("../shared/data/taesd"))
+    parser.add_argument("--queries", type=int, default=10_000, help="of each space, for exact")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_200_000], help="for speed")
+    parser.add_argument("--trajectories", type=int, default=3, help="for speed")
+    parser.add_argument("--out", type=Path, help="a Markdown file in which the table of speed is renewed")
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.what == "exact":
+        exact(args.work, args.photos, args.taesd, args.queries)
+    else:
+        speed(args.work, args.photos, args.taesd, args.rows, args.trajectories, args.out)
+
+
+if __name__ == "__main__":
+    main()
