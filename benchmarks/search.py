@@ -36,11 +36,11 @@ from tqdm import tqdm
 
 from shielded import LatentSpace, ProtectedSet
 from shielded.calibration import Calibration
+from shielded.files import replacing
 from shielded.protected import search
 
 THREADS = 2
 FLAT = 100_000  # rows up to which everything fits into memory as float32
-BEGIN, END = "<!-- search:begin -->\n", "<!-- search:end -->"
 
 
 def private() -> float:
@@ -69,7 +69,11 @@ def float64_distances(x: np.ndarray, z: np.ndarray, squared: np.ndarray) -> np.n
     return np.sqrt(np.maximum(np.square(x).sum(1)[:, None] + squared - 2 * x @ z.T, 0))
 
 
-def exact(folder: Path, given: Path, taesd: Path, count: int) -> None:
+def exact(folder: Path, given: Path, taesd: Path, count: int, out: Path | None) -> None:
+    lines = [
+        "| latents of | rows | numbers each | queries | hits | wrong: within | nearest 1 | nearest 10 |",
+        "|---" * 8 + "|",
+    ]
     for space, channels in SPACES.items():
         latents = real_latents(folder, given, taesd, space, 256, None if space == "sd1" else 500)[:500]
         rows = windows(protected_part(latents), 16, 3)
@@ -107,11 +111,20 @@ def exact(folder: Path, given: Path, taesd: Path, count: int) -> None:
                 distances, rows_found = protected.nearest_rows(x0, k)
                 same = (rows_found.numpy() == row[:, :k]).all(1) & np.isclose(distances, away[:, :k], rtol=1e-12).all(1)
                 wrong[f"nearest {k}"] += int((~same).sum())
-        print(
-            f"{space}: {len(protected):,} rows of {z.shape[1]:,} numbers, {len(asked):,} queries, {found:,} hits: "
-            + ", ".join(f"{name} wrong {number}" for name, number in wrong.items()),
-            flush=True,
-        )
+        numbers = (len(protected), z.shape[1], len(asked), found, *wrong.values())
+        lines.append(f"| {space} | {' | '.join(f'{number:,}' for number in numbers)} |")
+        print(lines[-1], flush=True)
+    if out is not None:
+        write_section(out, "exact", "\n".join(lines))
+
+
+def write_section(document: Path, name: str, text: str) -> None:
+    """Replaces what is between two comments of a Markdown file."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    whole = document.read_text(encoding="utf-8")
+    before, rest = whole.split(begin)
+    with replacing(document) as draft:
+        draft.write_text(f"{before}{begin}{text}\n{rest[rest.index(end) :]}", encoding="utf-8")
 
 
 # ---- speed ----
@@ -286,9 +299,7 @@ def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int,
         del ivf, jobs
         gc.collect()
     if out is not None:
-        text = out.read_text(encoding="utf-8")
-        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        out.write_text(text[:begin] + table(results, step, seeds) + text[end:], encoding="utf-8")
+        write_section(out, "search", table(results, step, seeds))
 
 
 def faiss_flat(protected: ProtectedSet) -> Any:
@@ -331,12 +342,12 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=10_000, help="of each space, for exact")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_200_000], help="for speed")
     parser.add_argument("--trajectories", type=int, default=3, help="for speed")
-    parser.add_argument("--out", type=Path, help="a Markdown file in which the table of speed is renewed")
+    parser.add_argument("--out", type=Path, help="a Markdown file in which the table is renewed")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.what == "exact":
-        exact(args.work, args.photos, args.taesd, args.queries)
+        exact(args.work, args.photos, args.taesd, args.queries, args.out)
     else:
         speed(args.work, args.photos, args.taesd, args.rows, args.trajectories, args.out)
 

@@ -17,7 +17,7 @@ from shielded.evaluation.reproduce.study import Study
 from shielded.files import replacing, write_json
 
 _COLUMNS = {
-    "diversity": ["recall", "precision", "density", "coverage", "vendi", "similarity", "frechet", "caption", "seconds"],
+    "diversity": ["recall", "precision", "density", "coverage", "vendi", "similarity", "frechet", "caption"],
     "tradeoff": ["recall", "precision", "density", "coverage", "vendi", "frechet", "caption"],
     "shielding": ["precision", "recall", "vendi", "frechet", "caption", "seconds"],
 }
