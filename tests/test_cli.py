@@ -199,12 +199,24 @@ def test_a_radius_that_nothing_can_keep_fails_with_a_reason(protected, tmp_path)
         (["generate", "cat", "--model", "nothing"], "emoji"),
         (["generate", "cat", "--protect", "nowhere"], "nowhere"),
         (["verify", "nowhere.png", "--protect", "nowhere"], "nowhere"),
+        (["verify", "nowhere", "--protect", "nowhere"], "No images at nowhere"),
         (["protect", "nowhere", "--out", "set"], "nowhere"),
+        (["protect", "--out", "nowhere", "--remove", "a"], "no protected set at nowhere"),
+        (["calibrate", "--protect", "nowhere"], "no protected set at nowhere"),
+        (["calibrate", "--images", "nowhere"], "No images at nowhere"),
+        (["calibrate", "--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["evaluate", "nowhere", "nowhere"], "No images at nowhere"),
+        (["reproduce", "diversity", "--reference", "nowhere"], "nowhere"),
+        (
+            ["generate", "cat", "--radius-schedule", "posterior", "--calibration", "none.json"],
+            "none.json does not exist",
+        ),
     ],
 )
-def test_failed_runs_say_why_in_a_sentence(arguments, message, tmp_path, monkeypatch):
+def test_what_is_not_there_is_bad_usage(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+    assert not any(tmp_path.iterdir())
