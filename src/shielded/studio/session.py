@@ -124,7 +124,7 @@ class Session:
         if new:
             images, names, digests = zip(*new, strict=True)
             self._protect(self.space.encode(images), images, names, digests)
-        parts = [f"{len(new)} protected"]
+        parts = [f"{len(new)} added"]
         parts += [f"{present} already there"] if present else []
         return ", ".join(parts) + "." + "".join(f" {reason}" for reason in broken)
 
@@ -139,7 +139,7 @@ class Session:
         if new:
             names = [f"{settings.prompt}, seed {settings.seed + i}" for i in new]
             self._protect(made.latents[new], [made.images[i] for i in new], names, [digests[i] for i in new])
-        return f"{len(new)} protected." if new else "they are protected already."
+        return f"{len(new)} added." if new else "they are protected already."
 
     def clear(self) -> None:
         """Nothing is protected any more."""
