@@ -158,6 +158,7 @@ def test_generate_keeps_away_from_the_set(protected, tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["leaks_without"], report["leaks_with"]) == (2, 0)
+    assert report["radius"] == 8  # the one that all images of the set have
     assert (tmp_path / "report.html").is_file()
 
 

@@ -1,6 +1,7 @@
 """shielded.toml: options that need not be typed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,13 @@ def test_the_command_line_counts_before_the_command_before_all_commands():
     assert (found["steps"], found["n"], found["radius"], found["seed"]) == (9, 7, 12.5, 6)
     assert found["on_leak"] == "push"
     assert found["out"] == Path("images")
+
+
+def test_the_example_of_the_documentation():
+    page = (Path(__file__).parents[1] / "docs/commands.md").read_text(encoding="utf-8")
+    write(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    found = asked()
+    assert (found["steps"], found["n"], found["radius"], found["on_leak"]) == (30, 8, 12.5, "push")
 
 
 def test_flags_and_options_with_a_short_name_alone():

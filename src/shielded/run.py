@@ -108,6 +108,8 @@ def run(
     made, count = Generated.joined(shielded.parts), len(shielded)
     before, prompts, seeds = Generated.joined(plain.parts).first(count), prompts[:count], seeds[:count]
     report, rows = compare(out, prompts, seeds, before, made, space, protected, radius, settings, log)
+    if protected is not None and radius is None and len(protected.radii.unique()) == 1:
+        report["radius"] = protected.radii[0].item()  # what all shields have
     if model == "emoji":
         encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer")
         report["vendi_without"] = vendi(encoder.image_features(before.images))
@@ -125,7 +127,7 @@ def run(
     call |= {"calibration": str(calibration)} if calibration is not None else {}
     spell.trace = trace
     spell.write_trace(out / "trace.csv")
-    save_image(protection_grid(rows, radius if protected is not None else None), out / "grid.png")
+    save_image(protection_grid(rows, report["radius"] if protected is not None else None), out / "grid.png")
     write_report(out / "report.html", report, rows, None, trace, call, settings)
     write_json(out / "report.json", report)
     if stopped is not None:
