@@ -1,12 +1,15 @@
 """The command line as a user calls it."""
 
+import html
 import json
+import re
 import shutil
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from shielded import generate as generation
 from shielded.cli import app
 
 runner = CliRunner()
@@ -155,6 +158,7 @@ def test_generate_keeps_away_from_the_set(protected, tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["leaks_without"], report["leaks_with"]) == (2, 0)
+    assert report["radius"] == 8  # the one that all images of the set have
     assert (tmp_path / "report.html").is_file()
 
 
@@ -199,12 +203,146 @@ def test_a_radius_that_nothing_can_keep_fails_with_a_reason(protected, tmp_path)
         (["generate", "cat", "--model", "nothing"], "emoji"),
         (["generate", "cat", "--protect", "nowhere"], "nowhere"),
         (["verify", "nowhere.png", "--protect", "nowhere"], "nowhere"),
+        (["verify", "nowhere", "--protect", "nowhere"], "No images at nowhere"),
         (["protect", "nowhere", "--out", "set"], "nowhere"),
+        (["protect", "--out", "nowhere", "--remove", "a"], "no protected set at nowhere"),
+        (["calibrate", "--protect", "nowhere"], "no protected set at nowhere"),
+        (["calibrate", "--images", "nowhere"], "No images at nowhere"),
+        (["calibrate", "--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["evaluate", "nowhere", "nowhere"], "No images at nowhere"),
+        (["reproduce", "diversity", "--reference", "nowhere"], "nowhere"),
+        (
+            ["generate", "cat", "--radius-schedule", "posterior", "--calibration", "none.json"],
+            "none.json does not exist",
+        ),
     ],
 )
-def test_failed_runs_say_why_in_a_sentence(arguments, message, tmp_path, monkeypatch):
+def test_what_is_not_there_is_bad_usage(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+    assert not any(tmp_path.iterdir())
+
+
+# Runs without a set, and what goes with any run ----------------------------------------------------------------------
+
+
+def test_generate_without_a_set_says_how_far_apart_the_images_are(tmp_path):
+    arguments = ["generate", "red heart", "-n", "2", "--steps", "4", "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["min_pair_distance_with"] >= report["radius"] > report["min_pair_distance_without"]
+    assert f"{report['min_pair_distance_with']:.2f} with; the radius is 25.60" in result.stdout
+    assert "Vendi score" in result.stdout
+    assert "most alike" in (tmp_path / "out" / "report.html").read_text()
+    again = runner.invoke(app, [*arguments, "--overwrite", "--radius", "0.1"])
+    assert "SPELL changed nothing" in again.stdout
+
+
+def test_guidance_and_posterior_radius_reach_the_run(protected, tmp_path):
+    options = ["--guidance", "1.5", "--radius-schedule", "posterior", "--on-leak", "report", "--seed", "7"]
+    assert generate_owls(protected[1], tmp_path / "a", *options).exit_code == 0
+    settings = json.loads((tmp_path / "a" / "report.json").read_text())["certificates"][0]["settings"]
+    assert (settings["guidance_scale"], settings["radius_schedule"]) == (1.5, "posterior")
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "calibration=Calibration.load(" in page
+    assert generate_owls(protected[1], tmp_path / "b", "--on-leak", "report", "--seed", "7").exit_code == 0
+    images = [(tmp_path / name / "without" / "owl-7.png").read_bytes() for name in "ab"]
+    assert images[0] != images[1]
+
+
+def test_the_nearest_protected_pictures_are_shown_where_that_is_allowed(protected, tmp_path):
+    pages = {}
+    for name, options in {"hidden": [], "shown": ["--show-protected"]}.items():
+        assert generate_owls(protected[1], tmp_path / name, "--on-leak", "report", *options).exit_code == 0
+        pages[name] = (tmp_path / name / "report.html").read_text()
+    assert pages["hidden"].count("nearest protected</b>") == 0
+    assert pages["shown"].count("nearest protected</b>") == 2
+    assert pages["shown"].count("<img") == pages["hidden"].count("<img") + 2
+
+
+def test_settings_of_the_report_make_the_same_images_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["generate", "red heart", "-n", "2", "--seed", "3", "--steps", "4", "--guidance", "2", "--out", "out"]
+    assert runner.invoke(app, arguments).exit_code == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    code = html.unescape(re.search(r'<code id="code">(.*?)</code>', page, re.DOTALL)[1])
+    namespace = {}
+    exec(code, namespace)
+    for seed, image in zip((3, 4), namespace["images"], strict=True):
+        assert image.tobytes() == Image.open(tmp_path / "out" / "with" / f"red-heart-{seed}.png").tobytes()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_a_run_that_stops_keeps_what_is_finished(protected, tmp_path, monkeypatch, error):
+    batches = iter([False] * 5 + [True])  # 34 images are three batches; the last one with SPELL fails
+    sample = generation._sample
+
+    def stopping(*arguments):
+        if next(batches):
+            raise error
+        return sample(*arguments)
+
+    monkeypatch.setattr(generation, "_sample", stopping)
+    arguments = ["generate", "cat", "-n", "34", "--steps", "2", "--protect", str(protected[1]), "--on-leak", "refuse"]
+    result = runner.invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "Traceback" not in result.stderr
+    assert f"32 of 34 images are finished: {tmp_path / 'out' / 'report.html'}" in result.stderr
+    assert len(list((tmp_path / "out" / "without").glob("*.png"))) == 34
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["n"] == 32 == len(report["certificates"]) + len(report["refused"])
+    trace = (tmp_path / "out" / "trace.csv").read_text().splitlines()[1:]
+    assert {int(row.split(",")[2]) for row in trace} == set(range(32))
+    verified = runner.invoke(app, ["verify", str(tmp_path / "out" / "with"), "--protect", str(protected[1])])
+    assert verified.exit_code == 0, verified.output
+    assert '"event": "stopped"' in (tmp_path / "out" / "with" / "audit.jsonl").read_text()
+
+
+def test_a_run_that_stops_before_shields_keeps_the_plain_images(tmp_path, monkeypatch):
+    sample, calls = generation._sample, iter([False, True])
+
+    def stopping(*arguments):
+        if next(calls):
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    monkeypatch.setattr(generation, "_sample", stopping)
+    result = runner.invoke(app, ["generate", "cat", "-n", "2", "--steps", "2", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "2 of 2 images without SPELL are in" in result.stderr
+    assert len(list((tmp_path / "out" / "without").glob("*.png"))) == 2
+
+
+def test_debug_shows_where(tmp_path):
+    assert isinstance(runner.invoke(app, ["evaluate", "nowhere", "nowhere", "--debug"]).exception, FileNotFoundError)
+
+
+def test_a_set_without_radii_is_refused_before_the_model_is_loaded(protected, tmp_path, monkeypatch):
+    target = tmp_path / "set"
+    assert runner.invoke(app, ["protect", str(protected[0] / "owl-0.png"), "--out", str(target)]).exit_code == 0
+    monkeypatch.setattr("shielded.run.load", lambda *_: pytest.fail("loaded"))
+    result = generate_owls(target, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "give one with --radius" in result.stderr
+
+
+def test_radii_that_stay_are_named(protected):
+    pictures, target, _ = protected
+    result = runner.invoke(app, ["protect", str(pictures), "--out", str(target), "--add", "--radius", "9"])
+    assert "4 were in the set already and keep the radius" in result.stderr
+    same = runner.invoke(app, ["protect", str(pictures), "--out", str(target), "--add", "--radius", "8"])
+    assert "keep the radius" not in same.stderr
+
+
+def test_nothing_is_left_of_a_set_that_got_no_image(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    arguments = ["protect", str(tmp_path / "broken.png"), "--out", str(tmp_path / "set")]
+    for _ in range(2):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 1
+        assert "none of the images could be read" in result.stderr
+        assert not (tmp_path / "set").exists()

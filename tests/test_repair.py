@@ -8,7 +8,7 @@ from diffusers import LCMScheduler, StableDiffusionInpaintPipeline
 from PIL import Image
 from scheduler_cases import ONE_SCHEDULE, case_id, make, sample
 
-from shielded import LatentSpace, ProtectedSet, RepelledDenoiser, Spell
+from shielded import History, LatentSpace, ProtectedSet, RepelledDenoiser, Spell
 from shielded.generate import generate
 from shielded.models import load
 from shielded.repair import farthest
@@ -187,6 +187,17 @@ def test_leaks_are_refused_with_a_reason(pipe, modes, protected):
     reason = next(filter(None, modes["refuse"].refused))
     assert "inside the radius 7" in reason
     assert torch.equal(modes["refuse"].latents, modes["report"].latents)
+
+
+@pytest.mark.parametrize("mode", ["refuse", "restart"])
+def test_history_remembers_what_became_of_the_images(pipe, protected, mode):
+    history = History(limit=4)
+    history.add(torch.full((2, *protected.space.shape), 1e3))
+    made = run(pipe, Spell(protected, RADIUS, batch=False, history=history), on_leak=mode)
+    kept = [i for i, reason in enumerate(made.refused) if reason is None]
+    assert len(kept) < 3 if mode == "refuse" else "restart" in made.repair
+    assert torch.equal(history.latents[1:], made.latents[kept])  # of the older ones there was room for one
+    assert history.latents[0].eq(1e3).all()
 
 
 @pytest.mark.parametrize("mode", ["push", "restart"])

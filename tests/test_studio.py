@@ -1,11 +1,11 @@
 """The studio: what a visitor can do, and the page in a real browser."""
 
 import os
-import shutil
 import zipfile
 from dataclasses import replace
 
 import pytest
+from browser import chromium
 from PIL import Image
 
 from shielded.models import GUIDANCE, load
@@ -16,7 +16,6 @@ from shielded.studio.page import LAUNCH, _uploaded, build  # noqa: E402
 from shielded.studio.session import MOST_UPLOADS, Session, Settings  # noqa: E402
 
 SCREENSHOT = os.environ.get("STUDIO_SCREENSHOT")  # where the documentation's picture is to be written
-CHROMIUM = shutil.which("chromium")
 SETTINGS = Settings("red heart", n=2, seed=3, steps=6, radius=0.45, apart=False, remember=False)
 
 
@@ -39,12 +38,15 @@ def nothing(*_):
 def test_what_is_protected_is_kept_away_from(session):
     with pytest.raises(ValueError, match="nothing to keep away from"):
         session.generate(SETTINGS, nothing)
-    seen = []
+    seen = []  # steps done, steps in all, what
     first = session.generate(replace(SETTINGS, apart=True), lambda *step: seen.append(step))
     assert [what for _, _, what in seen] == ["without SPELL"] * 6 + ["with SPELL"] * 6
-    assert session.protect_result() == "2 protected."
+    assert session.protect_result() == "2 added."
     assert session.protect_result() == "they are protected already."
-    made = session.generate(SETTINGS, nothing)
+    again = []
+    made = session.generate(SETTINGS, lambda *step: again.append(step))
+    assert any("once more" in what for *_, what in again)  # restarts show, too
+    assert all(1 <= done <= steps for done, steps, _ in again)
     assert [image.tobytes() for image in made.plain] == [image.tobytes() for image in first.plain]
     for row in made.rows:
         result = dict(zip(("seed", "id", "without", "with", "decoded", "radius", "result"), row, strict=True))
@@ -73,8 +75,8 @@ def test_uploads(session, tmp_path):
     red, broken = str(tmp_path / "red.png"), str(tmp_path / "broken.png")
     with pytest.raises(ValueError, match=r"broken\.png is not a picture"):
         session.protect_files([broken])
-    assert session.protect_files([red, broken]).startswith("1 protected. broken.png is not a picture")
-    assert session.protect_files([red]) == "0 protected, 1 already there."
+    assert session.protect_files([red, broken]).startswith("1 added. broken.png is not a picture")
+    assert session.protect_files([red]) == "0 added, 1 already there."
     assert list(session.protected.ids) == ["red"]
     with pytest.raises(ValueError, match=str(MOST_UPLOADS)):
         session.protect_files([red] * (MOST_UPLOADS + 1))
@@ -84,23 +86,16 @@ def test_uploads(session, tmp_path):
 
 @pytest.fixture
 def page(pipe, monkeypatch, tmp_path):
-    sync = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    app = build("emoji", "cpu").queue()
-    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-    flags += ["--no-first-run", "--disable-component-update", "--disable-sync"]
-    with sync.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with chromium() as browser:
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+        monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        app = build("emoji", "cpu").queue()
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
         page = browser.new_page(viewport={"width": 1280, "height": 1400})
         page.set_default_timeout(120_000)
         page.goto(url)
         yield page
-        browser.close()
-    app.close()
+        app.close()
 
 
 def test_generate_protect_generate_again_in_a_browser(page, tmp_path):
@@ -108,7 +103,9 @@ def test_generate_protect_generate_again_in_a_browser(page, tmp_path):
     expect.set_options(timeout=120_000)
     page.get_by_label("number input for Steps").fill("6")
     page.get_by_label("number input for Images").fill("2")
-    page.get_by_label("Radius, per √dim").first.wait_for()
+    page.get_by_label("number input for Overcompensation λ").fill("2")
+    expect(page.locator("#effect")).to_contain_text("2 times the way")
+    page.get_by_label("number input for Overcompensation λ").fill("1.6")
     page.get_by_role("button", name="Generate", exact=True).click()
     expect(page.locator("#summary")).to_contain_text("apart without")
     page.get_by_role("button", name="Protect the images made without SPELL").click()
@@ -116,10 +113,10 @@ def test_generate_protect_generate_again_in_a_browser(page, tmp_path):
     page.get_by_role("button", name="Generate", exact=True).click()
     expect(page.locator("#summary")).to_contain_text("2 of 2 without SPELL, 0 with")
     expect(page.locator("#table")).to_contain_text("outside")
+    if SCREENSHOT:
+        page.screenshot(path=SCREENSHOT, full_page=True)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
     expect(page.locator("#status")).to_contain_text("broken.png is not a picture that can be read")
     page.get_by_role("button", name="Forget earlier runs").click()
     expect(page.locator("#memory")).to_contain_text("No earlier images")
-    if SCREENSHOT:
-        page.screenshot(path=SCREENSHOT, full_page=True)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import vendi
 from shielded.files import write_json
-from shielded.generate import Generated, generate
+from shielded.generate import generate
 from shielded.latent_space import LatentSpace
 from shielded.models import EMOJI, GUIDANCE, load
 from shielded.protected import ProtectedSet
 from shielded.repair import OnLeak
 from shielded.report import Diversity, write_report
 from shielded.report.grid import diversity_grid, protection_grid
-from shielded.run import compare, open_log, save_image, settings_of
+from shielded.run import closest_pair, compare, open_log, save_image, settings_of, write_images
 from shielded.spell import Spell
 
 PROMPTS = ("red heart", "pizza", "owl", "sunflower")
@@ -83,6 +81,8 @@ def demo(
     spread = Spell(radius=diversity_radius, overcompensation=overcompensation)
     differing = generate(pipe, same, seeds, spread, label="one prompt, with SPELL", **options)
     encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer")
+    write_images(out / "without", plain, every_prompt, every_seed)
+    write_images(out / "with", shielded, every_prompt, every_seed)
     diversity = Diversity(
         prompt=DIVERSITY_PROMPT,
         seeds=seeds,
@@ -98,8 +98,8 @@ def demo(
     report["diversity"] = {
         "prompt": DIVERSITY_PROMPT,
         "radius": diversity_radius,
-        "min_pair_distance_without": _closest_pair(alike),
-        "min_pair_distance_with": _closest_pair(differing),
+        "min_pair_distance_without": closest_pair(alike),
+        "min_pair_distance_with": closest_pair(differing),
         "seconds_without": alike.seconds,
         "seconds_with": differing.seconds,
     }
@@ -107,10 +107,6 @@ def demo(
     protection.write_trace(out / "trace.csv")
     save_image(protection_grid(rows, radius), out / "grid.png")
     save_image(diversity_grid(diversity), out / "diversity.png")
-    write_report(out / "report.html", report, rows, diversity, protection.trace, settings)
+    write_report(out / "report.html", report, rows, diversity, protection.trace, settings, made_with)
     write_json(out / "report.json", report)
     return report
-
-
-def _closest_pair(made: Generated) -> float:
-    return torch.pdist(made.latents.double().flatten(1)).min().item()

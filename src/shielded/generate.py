@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from shielded.distributed import Gathered, Share, batch_of_all, for_share, gather_finished
 from shielded.latent_space import LatentSpace
@@ -44,6 +45,25 @@ class Generated:
     repair: list[str | None] = field(default_factory=list)
     refused: list[str | None] = field(default_factory=list)
 
+    @classmethod
+    def joined(cls, parts: list[Generated]) -> Generated:
+        """Several batches, at least one, as one."""
+        return cls(
+            [image for part in parts for image in part.images],
+            torch.cat([part.latents for part in parts]),
+            sum(part.seconds for part in parts),
+            None if parts[0].decoded is None else torch.cat([part.decoded for part in parts]),
+            [n for part in parts for n in part.attempts],
+            [how for part in parts for how in part.repair],
+            [reason for part in parts for reason in part.refused],
+        )
+
+    def first(self, n: int) -> Generated:
+        """The first n images, with their share of the time."""
+        decoded = None if self.decoded is None else self.decoded[:n]
+        lists = (values[:n] for values in (self.attempts, self.repair, self.refused))
+        return Generated(self.images[:n], self.latents[:n], self.seconds * n / len(self.images), decoded, *lists)
+
 
 class Watch:
     """Corrects nothing and keeps the final latents: the plain pipeline, watched."""
@@ -72,6 +92,7 @@ def generate(
     on_leak: OnLeak = "report",
     attempts: int = 3,
     log: Callable[..., None] | None = None,
+    finished: Callable[[Generated], None] | None = None,
     processes: bool = False,
     **options: Any,
 ) -> Generated:
@@ -93,9 +114,11 @@ def generate(
         on_leak: what is done where the finished latents, or the decoded image encoded again, lie inside a shield of the
             protected set. "report": nothing, and nothing is measured. "restart": sampled again from a middle noise
             level with a wider radius, then pushed, then refused; "push": pushed, then refused; "refuse": refused. The
-            whole schedule counts here, whatever window the Spell has. History remembers what was sampled at first.
+            whole schedule counts here, whatever window the Spell has. History remembers images as they are after
+            that, and no refused ones.
         attempts: how often an image is sampled at most, with on_leak="restart".
         log: called with an event and its content for each image and attempt, for example `AuditLog(...).append`.
+        finished: called with each batch when it is finished, so that a run that is stopped has lost nothing else.
         processes: split each batch over the processes that `distributed.join` has joined. All of them call this with
             the same arguments, but for the device of the pipeline and the log, and all get all images.
         **options: passed on to the pipeline, for example guidance_scale.
@@ -109,39 +132,40 @@ def generate(
     if processes:
         batch_size = batch_of_all(batch_size, spell)
     space = None if on_leak == "report" else LatentSpace.of(pipe, options.get("height"), options.get("width"))
-    parts: list[Finished] = []
-    start = time.perf_counter()
-    for first in range(0, len(prompts), batch_size):
-        count = min(batch_size, len(prompts) - first)
-        share = Share.of(count) if processes else Share(count, 0, count)
-        texts, own = ([given[first + i] for i in share.rows] for given in (prompts, seeds))
-        desc = f"{label} {first + 1}-{first + count} of {len(prompts)}"
-        pipe.set_progress_bar_config(disable=not progress, desc=desc)
-        generators = [torch.Generator().manual_seed(seed) for seed in own]
-        call = {"prompt": texts, "generator": generators, "num_inference_steps": steps, **options}
-        correct = for_share(spell, share) if processes else spell
-        images, latents = _sample(pipe, correct, call)
-        made = Finished(images[: share.own], latents[: share.own])
-        events: list[tuple[str, dict[str, Any]]] = []
-        if space is not None:
-            again = functools.partial(_restart, pipe, call, progress)
-            note = functools.partial(_note, functools.partial(_keep, events) if processes else log, texts, own)
-            made = repair(spell, space, made.images, made.latents, again, on_leak, attempts, note)
-        if processes:
-            made, events = gather_finished(made, correct, share, events)
-            for event, content in events if log is not None else ():
-                log(event, **content)
-        parts.append(made)
+    parts: list[Generated] = []
+    several = len(prompts) > batch_size
+    with tqdm(total=len(prompts), desc=label, unit="image", disable=not (progress and several)) as whole:
+        for first in range(0, len(prompts), batch_size):
+            start = time.perf_counter()
+            count = min(batch_size, len(prompts) - first)
+            share = Share.of(count) if processes else Share(count, 0, count)
+            texts, own = ([given[first + i] for i in share.rows] for given in (prompts, seeds))
+            bar = {"disable": not progress, "desc": f"{label} {first + 1}-{first + count} of {len(prompts)}"}
+            bar |= {"position": 1, "leave": False} if several else {}
+            pipe.set_progress_bar_config(**bar)
+            generators = [torch.Generator().manual_seed(seed) for seed in own]
+            call = {"prompt": texts, "generator": generators, "num_inference_steps": steps, **options}
+            correct = for_share(spell, share) if processes else spell
+            images, latents = _sample(pipe, correct, call)
+            made = Finished(images[: share.own], latents[: share.own])
+            events: list[tuple[str, dict[str, Any]]] = []
+            if space is not None:
+                again = functools.partial(_restart, pipe, call, bar)
+                note = functools.partial(_note, functools.partial(_keep, events) if processes else log, texts, own)
+                made = repair(spell, space, made.images, made.latents, again, on_leak, attempts, note)
+            if processes:
+                made, events = gather_finished(made, correct, share, events)
+                for event, content in events if log is not None else ():
+                    log(event, **content)
+            if space is not None and spell.history is not None:
+                kept = [i for i, reason in enumerate(made.refused) if reason is None]
+                spell.history.amend(count, made.latents[kept])
+            parts.append(Generated(seconds=time.perf_counter() - start, **vars(made)))
+            whole.update(count)
+            if finished is not None:
+                finished(parts[-1])
     pipe.set_progress_bar_config(disable=True)
-    return Generated(
-        [image for part in parts for image in part.images],
-        torch.cat([part.latents for part in parts]),
-        time.perf_counter() - start,
-        None if space is None else torch.cat([part.decoded for part in parts]),
-        [n for part in parts for n in part.attempts],
-        [how for part in parts for how in part.repair],
-        [reason for part in parts for reason in part.refused],
-    )
+    return Generated.joined(parts)
 
 
 def _sample(pipe: Any, spell: Correction | None, call: dict[str, Any]) -> tuple[list[Image.Image], Tensor]:
@@ -162,7 +186,7 @@ def _sample(pipe: Any, spell: Correction | None, call: dict[str, Any]) -> tuple[
 
 
 def _restart(
-    pipe: Any, call: dict[str, Any], progress: bool, spell: Correction, rows: list[int], images: list[Image.Image]
+    pipe: Any, call: dict[str, Any], bar: dict[str, Any], spell: Correction, rows: list[int], images: list[Image.Image]
 ) -> tuple[list[Image.Image], Tensor]:
     """Sample these rows of a call again from a middle noise level of their images.
 
@@ -176,7 +200,7 @@ def _restart(
         return _sample(pipe, spell, call)
     parts = {**pipe.config, **pipe.components}
     again = relative(**{name: parts[name] for name in inspect.signature(relative).parameters if name in parts})
-    again.set_progress_bar_config(disable=not progress, desc=f"{len(rows)} of them again")
+    again.set_progress_bar_config(**{**bar, "desc": f"{len(rows)} inside a shield, sampled again"})
     known = inspect.signature(again.__call__).parameters.keys() - {"latents", "timesteps", "sigmas"}
     # A sampler of few steps takes at least one of them again.
     strength = max(RESTART_LEVEL, 1 / call["num_inference_steps"])

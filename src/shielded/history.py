@@ -51,6 +51,12 @@ class History:
         self._latents = torch.cat([old, new])[-self.limit :].contiguous()
         self.version += 1
 
+    def amend(self, count: int, latents: Tensor) -> None:
+        """Put latents (n, *S) in the place of the `count` that were remembered last: these were repaired or refused."""
+        if self._latents is not None:
+            self._latents = self._latents[: max(0, len(self) - count)]
+        self.add(latents)
+
     def forget(self) -> None:
         self._latents = None
         self.version += 1

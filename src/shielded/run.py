@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from PIL import Image
 
 from shielded import distributed
 from shielded.audit import LOG, AuditLog, read_log
+from shielded.calibration import Calibration
 from shielded.certificate import Certificate, attach_certificate, beside, certificate_sha256, certify, leaks
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import vendi
 from shielded.files import replacing, write_json
 from shielded.generate import Generated, generate
 from shielded.latent_space import LatentSpace
-from shielded.models import EMOJI, GUIDANCE, load
+from shielded.models import EMOJI, PRESETS, call_options, load
 from shielded.protected import ProtectedSet
-from shielded.repair import OnLeak
+from shielded.repair import OnLeak, check_on_leak
 from shielded.report import Row, write_report
 from shielded.report.grid import protection_grid
 from shielded.spell import Spell
@@ -35,54 +37,122 @@ def run(
     n: int = 4,
     radius: float | None = None,
     seed: int = 0,
-    steps: int = 25,
+    steps: int | None = None,
     overcompensation: float = 1.6,
     device: str | None = None,
     progress: bool = True,
     on_leak: OnLeak = "restart",
     attempts: int = 3,
+    guidance: float | None = None,
+    radius_schedule: Literal["constant", "posterior"] = "constant",
+    calibration: Path | None = None,
+    show_protected: bool = False,
 ) -> dict[str, Any] | None:
     """n images of one prompt, kept away from a protected set or, without one, from each other.
 
     Writes the images with their certificates and an audit log, `grid.png`, `trace.csv`, `report.html` and `report.json`
     to the folder `out` and returns the report. Arguments as on the command line (`shielded generate --help`). The
     processes of `accelerate launch` share the work; the main one writes, the others return None.
+
+    Images are written when their batch is finished. If the run is stopped or fails after that, the rest is written for
+    the images that are there both without and with SPELL, and the exception goes on with a note that says so.
     """
     here = distributed.join(device)
     pipe = load(model, device if here is None else str(here))
+    space = LatentSpace.of(pipe)
     protected = None if protect is None else ProtectedSet.open(protect)
     if protected is not None:
-        protected.require_space(LatentSpace.of(pipe))  # before anything is sampled or written
+        protected.require_space(space)  # before anything is sampled or written
     else:
-        radius, on_leak = radius or UNIT_FREE_RADIUS * LatentSpace.of(pipe).dim ** 0.5, "report"
-    spell = Spell(protected, radius, overcompensation, batch=protected is None)
+        preset = PRESETS.get(model)
+        radius = radius or (preset.radius if preset else UNIT_FREE_RADIUS) * space.dim**0.5
+        on_leak = "report"
+    if radius_schedule == "posterior" and calibration is None and model == "emoji":
+        calibration = EMOJI / "calibration.json"
+    spell = Spell(
+        protected,
+        radius,
+        overcompensation,
+        batch=protected is None,
+        radius_schedule=radius_schedule,
+        calibration=None if calibration is None else Calibration.load(calibration),
+    )
+    check_on_leak(on_leak, attempts, spell)
     prompts, seeds = [prompt] * n, list(range(seed, seed + n))
     main = distributed.is_main()
-    options: dict[str, Any] = {"steps": steps, "progress": progress and main}
-    if model in GUIDANCE:
-        options["guidance_scale"] = GUIDANCE[model]
+    options = {**call_options(model, steps, guidance), "progress": progress and main}
     settings = settings_of(spell, pipe, model, on_leak, attempts, options)
-    log = open_log(out / "with", settings, protected) if main else None
     options["processes"] = here is not None
-    repairs = {"on_leak": on_leak, "attempts": attempts, "log": log.append if main else None}
-    plain = generate(pipe, prompts, seeds, label="without SPELL", **options)
-    shielded = generate(pipe, prompts, seeds, spell, label="with SPELL", **repairs, **options)
-    distributed.leave()
+    plain, shielded = (_Finished(out / name, prompts, seeds, main) for name in ("without", "with"))
+    trace: list[dict[str, Any]] = []
+
+    def finished(batch: Generated) -> None:
+        trace.extend({**row, "image": row["image"] + len(shielded)} for row in spell.trace)
+        shielded.add(batch)
+
+    stopped: BaseException | None = None
+    try:
+        generate(pipe, prompts, seeds, label="without SPELL", finished=plain.add, **options)
+        log = open_log(out / "with", settings, protected) if main else None
+        repairs = {"on_leak": on_leak, "attempts": attempts, "log": log.append if main else None}
+        generate(pipe, prompts, seeds, spell, label="with SPELL", finished=finished, **repairs, **options)
+        distributed.leave()
+    except (Exception, KeyboardInterrupt) as error:
+        if not main or not len(shielded):
+            error.add_note(f"{len(plain)} of {n} images without SPELL are in {plain.folder}.") if len(plain) else None
+            raise
+        stopped = error
+        log.append("stopped", images=len(shielded))
     if not main:
         return None
-    report, rows = compare(out, prompts, seeds, plain, shielded, LatentSpace.of(pipe), protected, radius, settings, log)
+    made, count = Generated.joined(shielded.parts), len(shielded)
+    before, prompts, seeds = Generated.joined(plain.parts).first(count), prompts[:count], seeds[:count]
+    report, rows = compare(out, prompts, seeds, before, made, space, protected, radius, settings, log)
+    if protected is not None and radius is None and len(protected.radii.unique()) == 1:
+        report["radius"] = protected.radii[0].item()  # what all shields have
     if model == "emoji":
         encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer")
-        report["vendi_without"] = vendi(encoder.image_features(plain.images))
-        report["vendi_with"] = _vendi_of_kept(encoder, shielded)
-    call = {"radius": radius, "overcompensation": overcompensation, "batch": spell.batch}
-    if protect is not None:
-        call = {"protected": str(protect), **call}
+        report["vendi_without"] = vendi(encoder.image_features(before.images))
+        report["vendi_with"] = _vendi_of_kept(encoder, made)
+    report["corrected"] = len({row["image"] for row in trace if row["push"] > 0})
+    if protected is None and count > 1:
+        report["min_pair_distance_without"], report["min_pair_distance_with"] = map(closest_pair, (before, made))
+    if show_protected and protected is not None:
+        _, nearest = protected.nearest_rows(made.latents)
+        pictures = space.decode(protected.vectors(nearest[:, 0]))
+        rows = [replace(row, protected=picture) for row, picture in zip(rows, pictures, strict=True)]
+    call: dict[str, Any] = {} if protect is None else {"protected": str(protect)}
+    call |= {"radius": radius, "overcompensation": overcompensation, "batch": spell.batch}
+    call |= {"radius_schedule": radius_schedule} if radius_schedule != "constant" else {}
+    call |= {"calibration": str(calibration)} if calibration is not None else {}
+    spell.trace = trace
     spell.write_trace(out / "trace.csv")
-    save_image(protection_grid(rows, radius if protected is not None else None), out / "grid.png")
-    write_report(out / "report.html", report, rows, None, spell.trace, call)
+    save_image(protection_grid(rows, report["radius"] if protected is not None else None), out / "grid.png")
+    write_report(out / "report.html", report, rows, None, trace, call, settings)
     write_json(out / "report.json", report)
+    if stopped is not None:
+        stopped.add_note(f"{count} of {n} images are finished: {out / 'report.html'}")
+        raise stopped
     return report
+
+
+@dataclass
+class _Finished:
+    """The batches of a run that are finished. Their images are written at once."""
+
+    folder: Path
+    prompts: list[str]
+    seeds: list[int]
+    write: bool
+    parts: list[Generated] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(len(part.images) for part in self.parts)
+
+    def add(self, batch: Generated) -> None:
+        if self.write:
+            write_images(self.folder, batch, self.prompts[len(self) :], self.seeds[len(self) :])
+        self.parts.append(batch)
 
 
 def settings_of(
@@ -134,13 +204,13 @@ def compare(
     settings: dict[str, Any],
     log: AuditLog,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Write both sets of images, certify them against the protected set, and put the report together.
+    """Certify both sets of images, which `write_images` has written, and put the report together.
 
-    A refused image is listed and not written.
+    A refused image is listed.
     """
     kept = [i for i, reason in enumerate(shielded.refused) if reason is None]
-    files_without = _write_images(out / "without", plain, prompts, seeds, range(len(prompts)))
-    files_with = _write_images(out / "with", shielded, prompts, seeds, kept)
+    files_without = [_file(out / "without", prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    files_with = [_file(out / "with", prompts[i], seeds[i]) for i in kept]
     before: list[Certificate] = []
     after: dict[int, Certificate] = {}
     if protected is not None:
@@ -226,16 +296,22 @@ def _vendi_of_kept(encoder: Encoder, made: Generated) -> float | None:
     return vendi(encoder.image_features(kept)) if kept else None
 
 
-def _write_images(
-    folder: Path, made: Generated, prompts: list[str], seeds: list[int], rows: Iterable[int]
-) -> list[Path]:
+def closest_pair(made: Generated) -> float:
+    """The smallest distance between the latents of two of these images."""
+    return torch.pdist(made.latents.double().flatten(1)).min().item()
+
+
+def write_images(folder: Path, made: Generated, prompts: list[str], seeds: list[int]) -> None:
+    """Write images, but for refused ones, which are not to be handed out."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for i in rows:
-        words = "".join(c if c.isalnum() else " " for c in prompts[i]).split()
-        files.append(folder / f"{'-'.join(words)[:60] or 'image'}-{seeds[i]}.png")
-        save_image(made.images[i], files[-1])
-    return files
+    for image, reason, prompt, seed in zip(made.images, made.refused, prompts, seeds, strict=False):
+        if reason is None:
+            save_image(image, _file(folder, prompt, seed))
+
+
+def _file(folder: Path, prompt: str, seed: int) -> Path:
+    words = "".join(c if c.isalnum() else " " for c in prompt).split()
+    return folder / f"{'-'.join(words)[:60] or 'image'}-{seed}.png"
 
 
 def save_image(image: Image.Image, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from shielded.cli import settings
 from shielded.cli.calibrate import calibrate
 from shielded.cli.demo import demo
 from shielded.cli.evaluate import evaluate
@@ -14,13 +15,30 @@ from shielded.cli.studio import studio
 from shielded.cli.verify import verify
 
 app = typer.Typer(
-    help="Keep diffusion models away from protected images, and make their outputs differ.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # plain help takes two thirds of the lines
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 for command in (demo, protect, generate, verify, calibrate, evaluate, reproduce, studio):
     app.command()(command)
+
+
+@app.callback()
+def program(context: typer.Context) -> None:
+    """Keep diffusion models away from protected images, and make their outputs differ.
+
+    Options that you use often can stand in a file, shielded.toml.
+    """
+    settings.used = None if context.resilient_parsing else settings.find()
+    if settings.used is not None:
+        try:
+            context.default_map = settings.read(settings.used, context, context.command.commands)
+        except settings.SettingsError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from None
+        if not context.default_map.get(context.invoked_subcommand):
+            settings.used = None
 
 
 def main() -> None:

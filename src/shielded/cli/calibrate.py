@@ -44,7 +44,8 @@ def calibrate(
         float, typer.Option(metavar="X", help="Share of other pictures that may lie within.")
     ] = 0.01,
     radius: Annotated[
-        float | None, typer.Option(metavar="R", help="Report on this radius instead of suggesting one.")
+        float | None,
+        typer.Option(metavar="R", callback=positive, help="Report on this radius instead of suggesting one."),
     ] = None,
     per_image: Annotated[
         bool, typer.Option("--per-image", metavar="", help="Also a radius for each protected picture (radii.csv).")
@@ -64,8 +65,6 @@ def calibrate(
     Example: shielded calibrate --protect my-set --out my-radius
     """
     with errors(debug):
-        if radius is not None:
-            positive(radius, "--radius")
         if not 0 <= false_alarms < 1:
             raise UsageError(f"--false-alarms must be from 0 to below 1, such as 0.01; got {false_alarms}.")
         check_out(out, overwrite)
@@ -77,7 +76,12 @@ def calibrate(
         if protect is None and not images and (not seeds or (texts is None and model != "emoji")):
             raise UsageError("nothing to measure; give --protect, --images or --prompts.")
         from shielded import calibrate as job
+        from shielded.protected import ProtectedSet
+        from shielded.protected.sources import require_images
 
+        require_images(images or ())  # before anything is written
+        if protect is not None:
+            ProtectedSet.open(protect)
         out.mkdir(parents=True, exist_ok=True)
         result = job.calibrate(
             out,

@@ -28,7 +28,9 @@ from shielded.cli.options import (
 
 def demo(
     out: Out = Path("demo"),
-    radius: Annotated[float | None, typer.Option(metavar="R", help="Of the shields, L2 in the latent space.")] = None,
+    radius: Annotated[
+        float | None, typer.Option(metavar="R", callback=positive, help="Of the shields, L2 in the latent space.")
+    ] = None,
     seed: Seed = 0,
     steps: Steps = 25,
     overcompensation: Strength = 1.6,
@@ -51,8 +53,8 @@ def demo(
             out,
             seed=seed,
             steps=steps,
-            radius=job.RADIUS if radius is None else positive(radius, "--radius"),
-            overcompensation=positive(overcompensation, "--overcompensation"),
+            radius=job.RADIUS if radius is None else radius,
+            overcompensation=overcompensation,
             device=device,
             progress=not as_json,
             on_leak=on_leak,

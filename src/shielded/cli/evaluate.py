@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, errors, show
+from shielded.cli.options import AsJson, Debug, Device, Features, UsageError, errors, show, why
 
 _HEADINGS = {
     "precision": "precision",
@@ -23,11 +23,13 @@ _HEADINGS = {
 def evaluate(
     generated: Annotated[str, typer.Argument(help="Folder or glob of generated images.")],
     reference: Annotated[str, typer.Argument(help="Folder or glob of reference images.")],
-    features: Annotated[
-        str, typer.Option(help="emoji (the embedded encoder), clip, dinov2 or inception (then Fréchet is FID).")
-    ] = "emoji",
-    source: Annotated[str | None, typer.Option(help="Folder or hub name of the clip or dinov2 model.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of precision, recall, density and coverage.")] = 5,
+    features: Features = "emoji",
+    source: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Folder or hub name of the clip or dinov2 model.")
+    ] = None,
+    k: Annotated[
+        int, typer.Option("-k", metavar="K", min=1, help="Neighbours of precision, recall, density and coverage.")
+    ] = 5,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -41,6 +43,9 @@ def evaluate(
         from shielded.evaluation.features import features as extractor
 
         sets = [_images(path) for path in (generated, reference)]
+        fewest = min(map(len, sets))
+        if fewest <= k:
+            raise UsageError(f"{fewest} images are too few for {k} neighbours of each; give more, or a smaller -k.")
         encode = extractor(features, source, device or "cpu").image_features
         found = compare(encode(sets[0]), encode(sets[1]), k)
         result = {"generated": len(sets[0]), "reference": len(sets[1]), "features": features, "k": k, "metrics": found}
@@ -52,7 +57,7 @@ def _images(path: str) -> list[Any]:
 
     loaded, skipped = load_images(path, strict=False)
     for name, reason in skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+        typer.echo(f"skipped {name}: {why(reason)}", err=True)
     if not loaded:
         raise ValueError(f"none of the images in {path} could be read.")
     return [image for _, image, *_ in loaded]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,9 +16,10 @@ from shielded.cli.options import (
     OnLeak,
     Out,
     Overwrite,
+    OwnSteps,
     Seed,
-    Steps,
     Strength,
+    UsageError,
     check_out,
     errors,
     positive,
@@ -34,13 +35,29 @@ def generate(
     protect: Annotated[Path | None, typer.Option(metavar="SET", help="A protected set to keep away from.")] = None,
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Number of images.")] = 4,
     radius: Annotated[
-        float | None, typer.Option(metavar="R", help="L2 in the latent space; default: the set's, else 0.8 √dim.")
+        float | None,
+        typer.Option(
+            metavar="R", callback=positive, help="L2 in the latent space; default: the set's, else the model's."
+        ),
     ] = None,
     seed: Seed = 0,
-    steps: Steps = 25,
+    steps: OwnSteps = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="Guidance scale; default: the model's.")
+    ] = None,
     overcompensation: Strength = 1.6,
+    radius_schedule: Annotated[
+        Literal["constant", "posterior"],
+        typer.Option(metavar="HOW", help="constant, or posterior: less while x0 is uncertain."),
+    ] = "constant",
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Denoising error for posterior, from calibrate.")
+    ] = None,
     on_leak: OnLeak = "restart",
     attempts: Attempts = 3,
+    show_protected: Annotated[
+        bool, typer.Option("--show-protected", metavar="", help="Show the nearest protected pictures in the report.")
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
     overwrite: Overwrite = False,
@@ -51,10 +68,16 @@ def generate(
     Example: shielded generate "a red apple" -n 8 --out apples
     """
     with errors(debug):
-        if radius is not None:
-            positive(radius, "--radius")
-        positive(overcompensation, "--overcompensation")
+        if calibration is not None and radius_schedule != "posterior":
+            raise UsageError("--calibration is of the posterior radius; add --radius-schedule posterior.")
+        if show_protected and protect is None:
+            raise UsageError("--show-protected shows what is in a protected set; give one with --protect.")
         check_out(out, overwrite)
+        if protect is not None and radius is None:
+            from shielded.protected import ProtectedSet
+
+            if ProtectedSet.open(protect).radii.isnan().any():
+                raise UsageError(f"{protect} has images without a radius; give one with --radius (see calibrate).")
         from shielded.run import run
 
         report = run(
@@ -71,6 +94,10 @@ def generate(
             progress=not as_json,
             on_leak=on_leak,
             attempts=attempts,
+            guidance=guidance,
+            radius_schedule=radius_schedule,
+            calibration=calibration,
+            show_protected=show_protected,
         )
         if report is None:  # one of several processes, but not the one that writes
             return
@@ -80,9 +107,22 @@ def generate(
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:
-    lines = [f"{report['n'] - len(report['refused'])} images in {out / 'with'}"]
-    if report["leaks_with"] is not None:
+    from shielded.report.grid import number
+
+    made = report["n"] - len(report["refused"])
+    lines = [f"{made} image{'' if made == 1 else 's'} in {out / 'with'}; the same seeds without SPELL beside it."]
+    found = {k: [report.get(f"{k}_{w}") for w in ("without", "with")] for k in ("leaks", "min_distance", "vendi")}
+    if protect := found["leaks"][0] is not None:
+        lines.append(f"Inside a shield: {found['leaks'][0]} of {report['n']} without SPELL, {found['leaks'][1]} with.")
+    what, key = ("Nearest protected image", "min_distance") if protect else ("Closest two images", "min_pair_distance")
+    distances = [report.get(f"{key}_{w}") for w in ("without", "with")]
+    if distances != [None, None]:
+        radius = "" if report["radius"] is None else f"; the radius is {number(report['radius'])}"
+        lines.append(f"{what}: {number(distances[0])} without, {number(distances[1])} with{radius}.")
+    if not report["corrected"]:
+        lines.append("No image came closer than that to anything, so SPELL changed nothing; a larger --radius acts.")
+    if report["n"] > 1 and None not in found["vendi"]:
         lines.append(
-            f"Inside a shield: {report['leaks_without']} of {report['n']} without SPELL, {report['leaks_with']} with."
+            "Vendi score, the effective number of images: {:.2f} without, {:.2f} with.".format(*found["vendi"])
         )
     return "\n".join([*lines, *repairs(report), f"Open {out / 'report.html'}"])

@@ -8,21 +8,72 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-Model = Annotated[str, typer.Option(metavar="MODEL", help="emoji, pipeline folder, or owner/name.")]
+from shielded.cli import settings
+
+
+def _known(model: str) -> str:
+    """Refuse a model that cannot be loaded, before anything else is done."""
+    if model != "emoji":  # it is there, and looking needs torch
+        from shielded.models import locate
+
+        try:
+            locate(model)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return model
+
+
+def _seed(value: int) -> int:
+    if not 0 <= value < 2**32:  # elsewhere -1 stands for a random one
+        raise typer.BadParameter(f"must be from 0 to {2**32 - 1}, not {value}.")
+    return value
+
+
+def _device(name: str | None) -> str | None:
+    if name is not None:
+        import torch
+
+        try:
+            kind = torch.device(name).type
+        except RuntimeError:
+            raise typer.BadParameter(f"{name!r} is not known; use cpu, cuda, cuda:1, mps or leave it out.") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise typer.BadParameter("torch finds no CUDA device here; leave it out, or use cpu.")
+    return name
+
+
+def positive(value: float | None) -> float | None:
+    """For options that are lengths or factors."""
+    if value is not None and not 0 < value < float("inf"):
+        raise typer.BadParameter(f"must be positive and finite, such as 10, not {value:g}.")
+    return value
+
+
+Model = Annotated[str, typer.Option(metavar="MODEL", help="A name, a pipeline folder, or owner/name.", callback=_known)]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Added to all seeds.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Added to all seeds.", callback=_seed)]
 Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the sampler.")]
-Strength = Annotated[float, typer.Option("--overcompensation", metavar="X", help="λ, multiplies the correction.")]
+OwnSteps = Annotated[
+    int | None, typer.Option("--steps", metavar="N", min=1, help="Steps of the sampler; default: the model's, else 25.")
+]
+Strength = Annotated[
+    float, typer.Option("--overcompensation", metavar="X", help="λ, multiplies the correction.", callback=positive)
+]
 OnLeak = Annotated[
     Literal["restart", "push", "refuse", "report"],
     typer.Option(
         metavar="HOW",
-        help="With an image inside a shield all the same: restart (sample it again), push (move it out), both refuse "
-        "what stays inside; refuse; or report.",
+        help="Image still inside: restart (sample again), push (move it out), refuse, report.",
     ),
 ]
 Attempts = Annotated[int, typer.Option(metavar="N", min=1, help="How often an image is sampled at most.")]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default: CUDA if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default: CUDA if there.", callback=_device)
+]
+Features = Annotated[
+    Literal["emoji", "clip", "dinov2", "inception"],
+    typer.Option(metavar="NAME", help="emoji (the embedded encoder), clip, dinov2 or inception (then Fréchet is FID)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="JSON instead of a summary and progress.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace the results of an earlier run.")]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks.")]
@@ -33,7 +84,10 @@ class UsageError(ValueError):
 
 
 class errors:
-    """Turn exceptions into one sentence and an exit code: 2 for bad usage, 1 for a failed run."""
+    """Turn exceptions into one sentence and an exit code: 2 for bad usage, 1 for a failed run.
+
+    A file, folder or protected set that is not there was asked for by somebody, so it is bad usage.
+    """
 
     def __init__(self, debug: bool) -> None:
         self.debug = debug
@@ -42,18 +96,39 @@ class errors:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None or isinstance(error, typer.Exit) or self.debug:
+        if isinstance(error, KeyboardInterrupt) and not self.debug:
+            _stop(" ".join(["stopped.", *_notes(error)]) if _notes(error) else "stopped; what was finished is kept.", 1)
+        if self.debug or not isinstance(error, Exception) or isinstance(error, typer.Exit):
             return
-        if isinstance(error, KeyboardInterrupt):
-            _stop("stopped; what was finished is kept.", 1)
-        if isinstance(error, UsageError):
-            _stop(str(error), 2)
-        if isinstance(error, (ValueError, TypeError, RuntimeError, OSError, KeyError)):
-            _stop(str(error), 1)
+        if isinstance(error, FileNotFoundError) and error.filename is not None:  # Python's own: a number and a name
+            _stop(f"{error.filename} does not exist.", 2)
+        _stop(
+            " ".join([_sentence(error), *_notes(error)]), 2 if isinstance(error, UsageError | FileNotFoundError) else 1
+        )
+
+
+_EXPECTED = ValueError, TypeError, RuntimeError, OSError, KeyError, ImportError
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What became of the work so far."""
+    return getattr(error, "__notes__", [])
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, OSError) and error.filename is not None:  # without the number in front
+        text = f"{error.filename}: {error.strerror}."
+    first, *more = text.strip().splitlines() or [""]
+    if not isinstance(error, _EXPECTED) or not first:
+        return f"{type(error).__name__}: {first}".rstrip(": ") + "; --debug shows where."
+    return f"{first} (--debug shows the rest)" if more else first
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
+    file = settings.used if code == 2 else None
+    note = "" if file is None else f" (Options that were not given come from {file}.)"
+    typer.echo(f"Error: {message}{note}", err=True)
     raise typer.Exit(code)
 
 
@@ -64,10 +139,9 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UsageError(f"{out} exists and is not empty; it is kept. Use --overwrite, or another --out.")
 
 
-def positive(value: float, name: str) -> float:
-    if not 0 < value < float("inf"):
-        raise UsageError(f"{name} must be positive and finite, not {value}.")
-    return value
+def why(reason: str) -> str:
+    """Why a picture could not be read; Pillow names the memory that it was in."""
+    return "not a picture that can be read" if "cannot identify" in reason else reason
 
 
 def show(result: dict[str, Any], as_json: bool, summary: str) -> None:

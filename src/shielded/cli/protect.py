@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, Model, Overwrite, UsageError, errors, positive, show
+from shielded.cli.options import AsJson, Debug, Device, Model, Overwrite, UsageError, errors, positive, show, why
 from shielded.files import write_json
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def protect(
     ] = None,
     model: Model = "emoji",
     radius: Annotated[
-        float | None, typer.Option(metavar="R", help="Of the shields of these images, L2 in the latent space.")
+        float | None,
+        typer.Option(metavar="R", callback=positive, help="Of the shields of these images, L2 in the latent space."),
     ] = None,
     mirror: Annotated[
         bool, typer.Option("--mirror", metavar="", help="Protect each image mirrored left to right too.")
@@ -56,27 +57,42 @@ def protect(
     Example: shielded protect photos/ --out my-set --radius 18
     """
     with errors(debug):
-        if radius is not None:
-            positive(radius, "--radius")
         if not (paths or remove or compact):
             raise UsageError("nothing to do; give images to protect, --remove ID or --compact.")
         from shielded.protected import AddedImages, ProtectedSet
 
-        done, removed = AddedImages(), 0
+        done, removed, other_radii = AddedImages(), 0, False
         if remove:
             removed = _remove(ProtectedSet.open(out), remove)
         if paths:
             job = {"paths": paths, "model": model, "radius": radius, "mirror": mirror}
+            other_radii = radius is not None and add and bool((ProtectedSet.open(out).radii != radius).any())
             done = _add(out, job, add or bool(remove), overwrite, strict, device, not as_json, ray)
         protected = ProtectedSet.open(out)
         if compact:
             protected.compact()
         _show_skipped(done)
+        if done.present and other_radii:
+            typer.echo(
+                f"{done.present} were in the set already and keep the radius that they have there; to change it, "
+                "--remove them first, or give --radius to generate.",
+                err=True,
+            )
         result = {"set": str(out), "size": len(protected), "version": protected.version, "removed": removed}
         counts = f"{done.added} added, {done.present} already present, {len(done.skipped)} skipped, {removed} removed"
         show({**result, **vars(done)}, as_json, f"{out}: {counts}; {len(protected)} in all.")
         if paths and not len(protected):
+            _delete(out)  # so that the next try finds no set there
             raise ValueError("none of the images could be read; the set is empty.")
+
+
+def _delete(out: Path) -> None:
+    from shielded.protected import store
+
+    for file in filter(store.is_own, list(out.iterdir())):
+        file.unlink()
+    if not any(out.iterdir()):
+        out.rmdir()
 
 
 def _remove(protected: ProtectedSet, ids: list[str]) -> int:
@@ -86,7 +102,7 @@ def _remove(protected: ProtectedSet, ids: list[str]) -> int:
     try:
         protected.remove([*ids, *(name for name in mirrored if name in protected.ids and name not in ids)])
     except KeyError as error:
-        raise ValueError(error.args[0]) from None
+        raise UsageError(f"{error.args[0]} Ids are file names without suffix, as verify shows them.") from None
     return len(ids)
 
 
@@ -143,6 +159,6 @@ def _show_skipped(done: AddedImages) -> None:
     width = max(len(path) for path, _ in shown)
     typer.echo(f"{len(done.skipped)} could not be read:", err=True)
     for path, reason in shown:
-        typer.echo(f"  {path:<{width}}  {reason}", err=True)
+        typer.echo(f"  {path:<{width}}  {why(reason)}", err=True)
     if len(done.skipped) > len(shown):
         typer.echo(f"  ... {len(done.skipped) - len(shown)} more; --json names all of them", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,22 +30,21 @@ def reproduce(
     ] = None,
     methods: Annotated[str | None, typer.Option(metavar="A,B", help="Of tradeoff; default: all.")] = None,
     radius: Annotated[
-        float | None, typer.Option(metavar="R", help="Of the shields; default: measured, or the preset's.")
+        float | None,
+        typer.Option(metavar="R", callback=positive, help="Of the shields; default: measured, or the preset's."),
     ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Real images: a tar, or a folder per prompt."),
     ] = None,
     features: Annotated[
-        str | None,
+        Literal["emoji", "clip", "dinov2", "inception"] | None,
         typer.Option(metavar="NAME", help="emoji, clip, dinov2, inception; default: by model."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=2, help="Images made at once; default: all of a prompt.")
     ] = None,
-    docs: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Renew this experiment's section of a Markdown file.")
-    ] = None,
+    docs: Annotated[Path | None, typer.Option(metavar="FILE", help="Renew its section of a Markdown file.")] = None,
     plots: Annotated[bool, typer.Option(metavar="", help="Draw plots; needs matplotlib.")] = True,
     device: Device = None,
     as_json: AsJson = False,
@@ -56,8 +55,6 @@ def reproduce(
     Example: shielded reproduce diversity --prompts 20 --images 8 --seeds 1 --out study
     """
     with errors(debug):
-        if radius is not None:
-            positive(radius, "--radius")
         if methods is not None and experiment is not Experiment.tradeoff:
             raise UsageError("--methods is of tradeoff alone.")
         from shielded.evaluation import reproduce as job

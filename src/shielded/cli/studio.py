@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Annotated
 
 import typer
@@ -11,8 +13,10 @@ from shielded.cli.options import Debug, Device, Model, UsageError, errors
 
 def studio(
     model: Model = "emoji",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
-    host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="Of the page.")] = 7860,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address to listen on; 127.0.0.1 is this machine alone.")
+    ] = "127.0.0.1",
     device: Device = None,
     debug: Debug = False,
 ) -> None:
@@ -27,4 +31,10 @@ def studio(
             if error.name != "gradio":
                 raise
             raise UsageError("the studio needs gradio; install it with: pip install 'shielded[studio]'") from None
+        try:
+            with socket.create_server((host, port)):
+                pass
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else error.strerror
+            raise UsageError(f"{host}:{port} cannot be listened on: {reason}; give another --port.") from None
         serve(model, port, host, device)

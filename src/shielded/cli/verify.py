@@ -7,18 +7,21 @@ from typing import Annotated
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, Model, errors, positive, show
+from shielded.cli.options import AsJson, Debug, Device, Model, errors, positive, show, why
 
 
 def verify(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders or globs.")],
-    protect: Annotated[Path, typer.Option(help="The protected set to measure against.")],
+    protect: Annotated[Path, typer.Option(metavar="SET", help="The protected set to measure against.")],
     model: Model = "emoji",
     radius: Annotated[
-        float | None, typer.Option(help="Of every shield; default: the set's own radii, or the certificate's.")
+        float | None,
+        typer.Option(
+            metavar="R", callback=positive, help="Of every shield; default: the set's own radii, or the certificate's."
+        ),
     ] = None,
     certified: Annotated[
-        bool, typer.Option("--certified", help="An image without a certificate is a failure, too.")
+        bool, typer.Option("--certified", metavar="", help="An image without a certificate is a failure, too.")
     ] = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -31,8 +34,6 @@ def verify(
     Example: shielded verify images/with --protect my-set
     """
     with errors(debug):
-        if radius is not None:
-            positive(radius, "--radius")
         from shielded.latent_space import LatentSpace
         from shielded.models import load
         from shielded.protected import ProtectedSet, load_images
@@ -40,7 +41,7 @@ def verify(
 
         loaded, skipped = load_images(paths, strict=False)
         for path, reason in skipped:
-            typer.echo(f"skipped {path}: {reason}", err=True)
+            typer.echo(f"skipped {path}: {why(reason)}", err=True)
         if not loaded:
             raise ValueError("none of the images could be read.")
         protected = ProtectedSet.open(protect)

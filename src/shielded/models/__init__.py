@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,7 @@ import torch
 
 from shielded.models.presets import EMOJI, PRESETS, Preset, table
 
-__all__ = ["EMOJI", "GUIDANCE", "PRESETS", "Preset", "load", "names", "table"]
+__all__ = ["EMOJI", "GUIDANCE", "PRESETS", "Preset", "call_options", "load", "locate", "names", "table"]
 
 GUIDANCE = {name: preset.guidance for name, preset in PRESETS.items() if preset.guidance_option == "guidance_scale"}
 
@@ -34,23 +35,70 @@ def load(model: str = "emoji", device: str | None = None, dtype: torch.dtype | N
         ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    preset = PRESETS.get(model)
+    preset, source = PRESETS.get(model), locate(model)
     if dtype is None:
         dtype = torch.float32 if preset is None or torch.device(device).type == "cpu" else preset.dtype
-    source = Path(model) if preset is None else preset.source
-    if preset is None and not (source / "model_index.json").is_file():
-        if source.exists() or str(model).count("/") != 1 or os.path.isabs(model):
-            raise ValueError(
-                f"unknown model {str(model)!r}; known names: {', '.join(names())}. "
-                "A folder with a saved diffusers pipeline (model_index.json) and owner/name on the hub work too."
-            )
-        source = model
     with _quiet() if model == "emoji" else nullcontext():
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        if isinstance(source, Path):
+            _import(source)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        except OSError as error:
+            if isinstance(source, Path):
+                raise
+            raise OSError(
+                f"{source} is no folder here, and could not be loaded from the Hugging Face hub: check the name, the "
+                "network, and whether you have accepted the model's licence."
+            ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def locate(model: str) -> str | Path:
+    """Where a model is: a folder, or a name on the Hugging Face hub, which is not asked whether it has it.
+
+    Raises:
+        ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
+    """
+    if model in PRESETS:
+        return PRESETS[model].source
+    folder = Path(model)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists() or str(model).count("/") != 1 or os.path.isabs(model):
+        here = ", a folder without model_index.json" if folder.is_dir() else ""
+        raise ValueError(
+            f"unknown model {str(model)!r}{here}; known names: {', '.join(names())}. "
+            "A folder with a saved diffusers pipeline (model_index.json) and owner/name on the hub work too."
+        )
+    return model
+
+
+def call_options(model: str, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+    """What a call of the pipeline takes besides prompt and seed.
+
+    Args:
+        model: as `load` takes it.
+        steps: of the sampler; None: the preset's, or 25.
+        guidance: its scale; None: the preset's, or what the pipeline takes by itself.
+    """
+    preset = PRESETS.get(model)
+    options: dict[str, Any] = {"steps": steps or (preset.steps if preset else 25)}
+    if guidance is not None:
+        options[preset.guidance_option if preset else "guidance_scale"] = guidance
+    elif model in GUIDANCE:
+        options["guidance_scale"] = GUIDANCE[model]
+    return options
+
+
+def _import(folder: Path) -> None:
+    """Import the class of a saved pipeline, without the hints about torchvision that come with it."""
+    import diffusers
+
+    with _quiet():
+        getattr(diffusers, json.loads((folder / "model_index.json").read_text()).get("_class_name", ""), None)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from string import Template
 
@@ -25,6 +26,7 @@ def write_report(
     diversity: Diversity | None,
     trace: Sequence[Mapping],
     settings: Mapping[str, object],
+    made_with: Mapping[str, object] | None = None,
     title: str = "Images with and without SPELL",
 ) -> None:
     """Writes the page as one file; an older file stays as it is until the new one is complete.
@@ -35,7 +37,8 @@ def write_report(
         rows: images with and without SPELL; may be empty.
         diversity: one batch without and with SPELL, or None.
         trace: `Spell.trace`; may be empty.
-        settings: keyword arguments of `Spell`; `protected` is the path of the set.
+        settings: keyword arguments of `Spell`; `protected` and `calibration` are paths.
+        made_with: model, steps and guidance, as certificates have them; None: not known.
         title: heading of the page.
 
     Raises:
@@ -49,7 +52,7 @@ def write_report(
         ("guarantee", "What is guaranteed", _guarantee(report)),
         ("refused", "Refused", _refused(report.get("refused"))),
         ("certificates", "Certificates", _certificates(report)),
-        ("settings", "Settings", _settings(report, settings)),
+        ("settings", "Settings", _settings(report, rows, settings, made_with or {})),
     ]
     sections = [(name, heading, content) for name, heading, content in sections if content]
     links = "".join(f'<li><a href="#{name}">{heading}</a></li>\n' for name, heading, _ in sections)
@@ -147,6 +150,12 @@ def _summary(report: Mapping) -> str:
     subject = ("The images" if n is None else _count(n, "image")) + (f" of “{escape(prompt)}”" if prompt else "")
     verb, seeds = ("was", "seed") if n == 1 else ("were", "seeds")
     lead = f"{subject} {verb} generated twice from the same {seeds}: by the model alone, and with SPELL."
+    pairs = report.get("min_pair_distance_without"), report.get("min_pair_distance_with")
+    if None not in pairs:
+        lead += (
+            f" SPELL pushes images apart that are closer than {number(radius)} to each other: the two that are most "
+            f"alike were {number(pairs[0])} apart without it and {number(pairs[1])} with it."
+        )
     if before is not None and after is not None:
         reach = "their radius" if radius is None else f"the radius of {number(radius)}"
         lead += f" Closer to a protected image than {reach}: {before} without SPELL, {after} with it."
@@ -171,6 +180,7 @@ def _facts(report: Mapping) -> str:
         ("leaks", "Images inside a shield", str, "" if n is None else f"of {n}"),
         ("min_distance", "Nearest protected image", number, reach),
         ("min_decoded_distance", "The same, pictures encoded again", number, reach),
+        ("min_pair_distance", "The two images that are most alike", number, f"apart; radius {number(radius)}"),
         ("vendi", "Vendi score", number, "effective number of images"),
         ("seconds", "Time", lambda seconds: f"{seconds:.1f} s", "" if n is None else f"for {_count(n, 'image')}"),
     ]
@@ -323,21 +333,34 @@ def _certificates(report: Mapping) -> str:
     )
 
 
-def _settings(report: Mapping, settings: Mapping[str, object]) -> str:
+def _settings(
+    report: Mapping, rows: Sequence[Row], settings: Mapping[str, object], made_with: Mapping[str, object]
+) -> str:
     if not settings:
         return ""
-    names = "ProtectedSet, Spell" if settings.get("protected") is not None else "Spell"
+    names = [name for key, name in _READ.items() if settings.get(key) is not None]
+    imports = [f"from shielded import {', '.join(sorted([*names, 'Spell']))}"]
     call = [repr(report.get("prompt") or "a prompt")]
     if report.get("n") is not None:
         call.append(f"num_images_per_prompt={report['n']}")
+    before = ""
+    if rows:  # the same images again
+        imports.insert(0, "import torch")
+        before = f"prompts = {_repeated([row.prompt for row in rows])}\nseeds = {_run([row.seed for row in rows])}\n"
+        before += "generators = [torch.Generator().manual_seed(seed) for seed in seeds]\n"
+        call = ["prompts", "generator=generators"]
+    call += [f"{name}={made_with[key]!r}" for key, name in _CALL.items() if key in made_with]
+    if "model" in made_with:
+        imports.append("from shielded.models import load")
+        before = f"pipe = load({made_with['model']!r})\n{before}"
     arguments = "\n".join(f"    {name}={_literal(name, value)}," for name, value in settings.items())
-    code = (
-        f"from shielded import {names}\n\nspell = Spell(\n{arguments}\n)\n"
+    code = "\n".join(imports) + (
+        f"\n\n{before}spell = Spell(\n{arguments}\n)\n"
         f"with spell.attach(pipe):\n    images = pipe({', '.join(call)}).images\n"
     )
     return (
-        "<p>The same settings for a diffusers pipeline <code>pipe</code> of your own. The radius belongs to this "
-        "model's latent space: choose it anew for another model.</p>\n"
+        "<p>The same settings in Python, before anything is repaired; <code>pipe</code> may be any diffusers pipeline. "
+        "The radius belongs to this model's latent space: choose it anew for another model.</p>\n"
         '<pre tabindex="0" role="region" aria-label="Settings as Python code">'
         f'<code id="code">{escape(code)}</code></pre>\n'
         '<button type="button" id="copy" aria-live="polite" hidden>Copy settings</button>'
@@ -413,9 +436,23 @@ def _text(value: object) -> str:
     return "–" if value is None else escape(str(value))
 
 
+_READ = {"protected": "ProtectedSet", "calibration": "Calibration"}  # settings that are files, and what reads them
+_CALL = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale", "true_cfg_scale": "true_cfg_scale"}
+
+
+def _repeated(prompts: Sequence[str]) -> str:
+    """A list of prompts as Python: ['owl'] * 4 + ['cat'] * 4."""
+    return " + ".join(f"[{prompt!r}] * {len(list(same))}" for prompt, same in groupby(prompts))
+
+
+def _run(seeds: Sequence[int]) -> str:
+    one_by_one = range(seeds[0], seeds[0] + len(seeds))
+    return repr(one_by_one) if list(seeds) == list(one_by_one) else repr(list(seeds))
+
+
 def _literal(name: str, value: object) -> str:
-    if name == "protected" and isinstance(value, str | Path):
-        return f"ProtectedSet.open({str(value)!r})"
+    if name in _READ and isinstance(value, str | Path):
+        return f"{_READ[name]}.{'open' if name == 'protected' else 'load'}({str(value)!r})"
     if value is None or isinstance(value, bool | int | float | str | tuple | list):
         return repr(value)
     raise TypeError(

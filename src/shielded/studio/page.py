@@ -20,10 +20,12 @@ _EXPLAIN = (
     "resemble each other."
 )
 _CSS = """
+.pictures .grid-wrap {min-height: 0; max-height: none}
 .trace svg {width: 100%; overflow: visible; font: 12px sans-serif}
 .trace svg text {fill: currentColor}
 .trace .band {fill: #5b8def; opacity: .25; stroke: none}
 .trace .mean {fill: none; stroke: #5b8def; stroke-width: 2px}
+.trace circle {fill: #5b8def}
 .trace line {stroke: currentColor; opacity: .3}
 """
 LAUNCH = {"css": _CSS, "max_file_size": "20mb", "share": False, "footer_links": ["api"]}
@@ -45,9 +47,13 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
     def own(session: Session | None) -> Session:
         return session or Session(pipe, model, options)
 
-    def effect(radius: float, end: float) -> str:
+    def effect(radius: float, strength: float, end: float) -> str:
         acts = "to the end" if end == 0 else f"while the noise level is between 1 and {end:g}; later it may come back"
-        return f"Keeps **{radius * space.dim**0.5:.1f}** (L2 in this model's latent space), {acts}."
+        way = "just to the edge" if strength == 1 else f"{strength:g} times the way to the edge"
+        return (
+            f"Keeps **{radius * space.dim**0.5:.1f}** (L2 in this model's latent space), {acts}. What comes closer is "
+            f"moved {way} in each step."
+        )
 
     def protect(session: Session | None, files: list[str] | None) -> tuple[Any, ...]:
         session = own(session)
@@ -80,7 +86,13 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
                 raise gr.Error(str(error), duration=None, print_exception=False) from None
         return session, *_shown(made, settings), _memory(session)
 
-    gallery = {"columns": 2, "height": "auto", "object_fit": "contain", "interactive": False}
+    gallery = {
+        "columns": 2,
+        "height": "auto",
+        "object_fit": "contain",
+        "interactive": False,
+        "elem_classes": "pictures",
+    }
     with gr.Blocks(title="shielded studio", delete_cache=(3600, 86400)) as page:
         session = gr.State(None, time_to_live=86400, delete_callback=lambda s: s and s.close())
         gr.Markdown(f"# shielded studio\n{_EXPLAIN}")
@@ -94,7 +106,9 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
                     files = gr.File(
                         label="Pictures to protect", file_count="multiple", file_types=["image"], height=120
                     )
-                    shelf = gr.Gallery(label="Protected", columns=4, height=160, show_label=True, interactive=False)
+                    shelf = gr.Gallery(
+                        label="Protected", columns=4, height=160, object_fit="contain", interactive=False
+                    )
                     status = gr.Markdown("Nothing is protected.", elem_id="status")
                     with gr.Row():
                         protect_made = gr.Button("Protect the images made without SPELL", size="sm")
@@ -105,9 +119,9 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
                     forget_all = gr.Button("Forget earlier runs", size="sm")
                 with gr.Accordion("How", open=True):
                     radius = gr.Slider(0.1, 1.2, 0.5, step=0.01, label="Radius, per √dim")
-                    end = gr.Slider(0.0, 0.9, 0.0, step=0.05, label="Act until noise level (0: to the end)")
-                    told = gr.Markdown(effect(0.5, 0.0), elem_id="effect")
                     strength = gr.Slider(1.0, 2.5, 1.6, step=0.1, label="Overcompensation λ")
+                    end = gr.Slider(0.0, 0.9, 0.0, step=0.05, label="Act until noise level (0: to the end)")
+                    told = gr.Markdown(effect(0.5, 1.6, 0.0), elem_id="effect")
                     steps = gr.Slider(4, 60, preset.steps if preset else 25, step=1, label="Steps")
             with gr.Column(scale=2, min_width=320):
                 go = gr.Button("Generate", variant="primary")
@@ -115,7 +129,7 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
                 with gr.Row():
                     without = gr.Gallery(label="Without SPELL", **gallery)
                     with_ = gr.Gallery(label="With SPELL", **gallery)
-                table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Distances", wrap=True, elem_id="table")
+                table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Distances", elem_id="table")
                 plot = gr.HTML(elem_classes="trace")
                 archive = gr.File(label="Images, certificates and report", interactive=False)
         protected = [session, shelf, status, files]
@@ -123,8 +137,8 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
         protect_made.click(protect_result, session, protected)
         clear_set.click(clear, session, protected)
         forget_all.click(forget, session, [session, memory])
-        for slider in (radius, end):
-            slider.change(effect, [radius, end], told, show_progress="hidden")
+        for slider in (radius, strength, end):
+            slider.change(effect, [radius, strength, end], told, show_progress="hidden")
         inputs = [session, prompt, n, seed, steps, radius, strength, end, apart, remember]
         outputs = [session, summary, without, with_, table, plot, archive, memory]
         gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)

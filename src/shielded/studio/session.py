@@ -20,7 +20,7 @@ from shielded.history import History
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.protected import ProtectedSet
 from shielded.report import Row, write_report
-from shielded.run import compare, open_log, settings_of
+from shielded.run import closest_pair, compare, open_log, settings_of, write_images
 from shielded.spell import Spell
 
 MOST_UPLOADS = 64
@@ -124,7 +124,7 @@ class Session:
         if new:
             images, names, digests = zip(*new, strict=True)
             self._protect(self.space.encode(images), images, names, digests)
-        parts = [f"{len(new)} protected"]
+        parts = [f"{len(new)} added"]
         parts += [f"{present} already there"] if present else []
         return ", ".join(parts) + "." + "".join(f" {reason}" for reason in broken)
 
@@ -139,7 +139,7 @@ class Session:
         if new:
             names = [f"{settings.prompt}, seed {settings.seed + i}" for i in new]
             self._protect(made.latents[new], [made.images[i] for i in new], names, [digests[i] for i in new])
-        return f"{len(new)} protected." if new else "they are protected already."
+        return f"{len(new)} added." if new else "they are protected already."
 
     def clear(self) -> None:
         """Nothing is protected any more."""
@@ -196,9 +196,11 @@ class Session:
         self.last, self.last_settings = plain, settings
         prompts, seeds = _prompts_and_seeds(settings)
         protected = self.protected if protect else None
+        write_images(folder / "without", plain, prompts, seeds)
+        write_images(folder / "with", shielded, prompts, seeds)
         content, rows = compare(folder, prompts, seeds, plain, shielded, self.space, protected, radius, facts, log)
         call = {"radius": radius, "overcompensation": settings.overcompensation, "batch": spell.batch}
-        write_report(folder / "report.html", content, rows, None, spell.trace, call)
+        write_report(folder / "report.html", content, rows, None, spell.trace, call, facts)
         write_json(folder / "report.json", content)
         return Result(
             [row.without for row in rows],
@@ -220,7 +222,10 @@ class Session:
         **repairs: Any,
     ) -> Generated:
         def step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            report(index + 1, settings.steps, what)
+            if pipe is self.pipe:
+                report(index + 1, settings.steps, what)
+            else:  # a restart, with the relative of the pipeline that begins from pictures
+                report(index + 1, pipe.num_timesteps, f"{what}, what came out inside a shield once more")
             return {}
 
         return generate(
@@ -311,7 +316,7 @@ def _summary(content: dict[str, Any], plain: Generated, shielded: Generated, spe
     if content["refused"]:
         lines.append(f"{len(content['refused'])} could not be brought outside and are refused: they are not shown.")
     if content["n"] > 1:
-        pairs = [torch.pdist(made.latents.double().flatten(1)).min().item() for made in (plain, shielded)]
+        pairs = [closest_pair(made) for made in (plain, shielded)]
         lines.append(f"The two images that are most alike: {pairs[0]:.1f} apart without, {pairs[1]:.1f} with.")
     pushed = {(row["run"], row["image"]) for row in spell.trace if row["push"] > 0}
     if pushed:
