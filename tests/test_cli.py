@@ -1,5 +1,6 @@
 """The command line as a user calls it."""
 
+import csv
 import html
 import json
 import re
@@ -230,16 +231,29 @@ def test_what_is_not_there_is_bad_usage(arguments, message, tmp_path, monkeypatc
 
 
 def test_generate_without_a_set_says_how_far_apart_the_images_are(tmp_path):
-    arguments = ["generate", "red heart", "-n", "2", "--steps", "4", "--out", str(tmp_path / "out")]
-    result = runner.invoke(app, arguments)
+    arguments = ["generate", "red heart", "-n", "2", "--steps", "4", "--overwrite", "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, [*arguments, "--window-end", "0"])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["min_pair_distance_with"] >= report["radius"] > report["min_pair_distance_without"]
     assert f"{report['min_pair_distance_with']:.2f} with; the radius is 25.60" in result.stdout
     assert "Vendi score" in result.stdout
     assert "most alike" in (tmp_path / "out" / "report.html").read_text()
-    again = runner.invoke(app, [*arguments, "--overwrite", "--radius", "0.1"])
+    again = runner.invoke(app, [*arguments, "--radius", "0.1"])
     assert "SPELL changed nothing" in again.stdout
+
+
+def test_generate_without_a_set_pushes_early_unless_told_otherwise(tmp_path):
+    result = runner.invoke(app, ["generate", "cat face", "-n", "2", "--steps", "4", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["window"], report["radius"]) == ([1.0, 0.8], 36.0)
+    assert report["min_pair_distance_with"] > report["min_pair_distance_without"]
+    assert "--window-end 0 keeps the radius to the end" in result.stdout
+    trace = list(csv.DictReader((tmp_path / "out" / "trace.csv").open()))
+    levels = {float(row["noise_level"]) for row in trace if float(row["push"]) > 0}
+    assert levels
+    assert min(levels) >= 0.8
 
 
 def test_guidance_and_posterior_radius_reach_the_run(protected, tmp_path):

@@ -19,7 +19,7 @@ from shielded.evaluation.metrics import vendi
 from shielded.files import replacing, write_json
 from shielded.generate import Generated, generate
 from shielded.latent_space import LatentSpace
-from shielded.models import EMOJI, PRESETS, call_options, load
+from shielded.models import EMOJI, PRESETS, VARIETY, VARIETY_RADIUS, call_options, load
 from shielded.protected import ProtectedSet
 from shielded.repair import OnLeak, check_on_leak
 from shielded.report import Row, write_report
@@ -38,7 +38,7 @@ def run(
     radius: float | None = None,
     seed: int = 0,
     steps: int | None = None,
-    overcompensation: float = 1.6,
+    overcompensation: float | None = None,
     device: str | None = None,
     progress: bool = True,
     on_leak: OnLeak = "restart",
@@ -47,8 +47,11 @@ def run(
     radius_schedule: Literal["constant", "posterior"] = "constant",
     calibration: Path | None = None,
     show_protected: bool = False,
+    window_end: float | None = None,
 ) -> dict[str, Any] | None:
     """n images of one prompt, kept away from a protected set or, without one, from each other.
+
+    Without a set and a `window_end`, what costs least in quality for its variety (`shielded.models.VARIETY`).
 
     Writes the images with their certificates and an audit log, `grid.png`, `trace.csv`, `report.html` and `report.json`
     to the folder `out` and returns the report. Arguments as on the command line (`shielded generate --help`). The
@@ -61,19 +64,23 @@ def run(
     pipe = load(model, device if here is None else str(here))
     space = LatentSpace.of(pipe)
     protected = None if protect is None else ProtectedSet.open(protect)
+    early = protected is None and window_end is None
+    push = dict(VARIETY) if early else {"window": (1.0, window_end or 0.0)}
+    if overcompensation is not None:
+        push["overcompensation"] = overcompensation
     if protected is not None:
         protected.require_space(space)  # before anything is sampled or written
     else:
         preset = PRESETS.get(model)
-        radius = radius or (preset.radius if preset else UNIT_FREE_RADIUS) * space.dim**0.5
-        on_leak = "report"
+        per_root_dim = VARIETY_RADIUS if early else preset.radius if preset else UNIT_FREE_RADIUS
+        radius, on_leak = radius or per_root_dim * space.dim**0.5, "report"
     if radius_schedule == "posterior" and calibration is None and model == "emoji":
         calibration = EMOJI / "calibration.json"
     spell = Spell(
         protected,
         radius,
-        overcompensation,
         batch=protected is None,
+        **push,
         radius_schedule=radius_schedule,
         calibration=None if calibration is None else Calibration.load(calibration),
     )
@@ -114,6 +121,7 @@ def run(
         encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer")
         report["vendi_without"] = vendi(encoder.image_features(before.images))
         report["vendi_with"] = _vendi_of_kept(encoder, made)
+    report["window"] = list(spell.window)
     report["corrected"] = len({row["image"] for row in trace if row["push"] > 0})
     if protected is None and count > 1:
         report["min_pair_distance_without"], report["min_pair_distance_with"] = map(closest_pair, (before, made))
@@ -122,7 +130,8 @@ def run(
         pictures = space.decode(protected.vectors(nearest[:, 0]))
         rows = [replace(row, protected=picture) for row, picture in zip(rows, pictures, strict=True)]
     call: dict[str, Any] = {} if protect is None else {"protected": str(protect)}
-    call |= {"radius": radius, "overcompensation": overcompensation, "batch": spell.batch}
+    call |= {"radius": radius, "overcompensation": spell.overcompensation, "batch": spell.batch}
+    call |= {"window": spell.window} if spell.window != (1.0, 0.0) else {}
     call |= {"radius_schedule": radius_schedule} if radius_schedule != "constant" else {}
     call |= {"calibration": str(calibration)} if calibration is not None else {}
     spell.trace = trace

@@ -17,8 +17,8 @@ from shielded.cli.options import (
     Out,
     Overwrite,
     OwnSteps,
+    OwnStrength,
     Seed,
-    Strength,
     UsageError,
     check_out,
     errors,
@@ -45,7 +45,11 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Guidance scale; default: the model's.")
     ] = None,
-    overcompensation: Strength = 1.6,
+    overcompensation: OwnStrength = None,
+    window_end: Annotated[
+        float | None,
+        typer.Option(metavar="T", min=0, max=0.99, help="Push at noise levels above T; default: 0, without a set 0.8."),
+    ] = None,
     radius_schedule: Annotated[
         Literal["constant", "posterior"],
         typer.Option(metavar="HOW", help="constant, or posterior: less while x0 is uncertain."),
@@ -98,6 +102,7 @@ def generate(
             radius_schedule=radius_schedule,
             calibration=calibration,
             show_protected=show_protected,
+            window_end=window_end,
         )
         if report is None:  # one of several processes, but not the one that writes
             return
@@ -119,6 +124,11 @@ def _summary(report: dict[str, Any], out: Path) -> str:
     if distances != [None, None]:
         radius = "" if report["radius"] is None else f"; the radius is {number(report['radius'])}"
         lines.append(f"{what}: {number(distances[0])} without, {number(distances[1])} with{radius}.")
+    if not protect and report["window"][1] > 0:
+        lines.append(
+            f"Pushed at noise levels above {report['window'][1]:g} alone, for the sake of quality; a larger --radius "
+            "does more, --window-end 0 keeps the radius to the end."
+        )
     if not report["corrected"]:
         lines.append("No image came closer than that to anything, so SPELL changed nothing; a larger --radius acts.")
     if report["n"] > 1 and None not in found["vendi"]:

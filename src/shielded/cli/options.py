@@ -59,6 +59,10 @@ OwnSteps = Annotated[
 Strength = Annotated[
     float, typer.Option("--overcompensation", metavar="X", help="λ, multiplies the correction.", callback=positive)
 ]
+OwnStrength = Annotated[
+    float | None,
+    typer.Option("--overcompensation", metavar="X", help="λ; default: 1.6, without a set 5.", callback=positive),
+]
 OnLeak = Annotated[
     Literal["restart", "push", "refuse", "report"],
     typer.Option(

@@ -11,9 +11,21 @@ from typing import Any
 
 import torch
 
-from shielded.models.presets import EMOJI, PRESETS, Preset, table
+from shielded.models.presets import EMOJI, PRESETS, VARIETY, VARIETY_RADIUS, Preset, table
 
-__all__ = ["EMOJI", "GUIDANCE", "PRESETS", "Preset", "call_options", "load", "locate", "names", "table"]
+__all__ = [
+    "EMOJI",
+    "GUIDANCE",
+    "PRESETS",
+    "VARIETY",
+    "VARIETY_RADIUS",
+    "Preset",
+    "call_options",
+    "load",
+    "locate",
+    "names",
+    "table",
+]
 
 GUIDANCE = {name: preset.guidance for name, preset in PRESETS.items() if preset.guidance_option == "guidance_scale"}
 

@@ -9,6 +9,11 @@ import torch
 
 EMOJI = Path(__file__).parent / "emoji"
 
+# Variety at the least cost in quality: `Spell(radius=VARIETY_RADIUS * dim**0.5, **VARIETY)` pushes hard, but only while
+# x0 is still a blurred mean. Measured on the embedded model (docs/reproduction.md). It keeps no distance to the end.
+VARIETY = {"window": (1.0, 0.8), "overcompensation": 5.0}
+VARIETY_RADIUS = 1.125  # per √dim
+
 PAPER = "paper: 200 for latents of 16×64×64"
 UNTESTED = "untested on real weights; the paper's for sd3"
 MEASURED = "measured: docs/options.md"
@@ -28,7 +33,7 @@ class Preset:
         guidance: its scale.
         image_size: (height, width) in pixels that the model was made for.
         num_frames: of videos; None: it makes images.
-        radius: suggested distance between images of one prompt, L2 divided by √dim.
+        radius: suggested distance to keep between images of one prompt, to the end; L2 divided by √dim.
         evidence: where the radius comes from.
         guidance_option: what the pipeline calls the guidance scale.
         note: what else a call needs.

@@ -15,16 +15,14 @@ from shielded.evaluation.reproduce.measures import Measured, front, hypervolume,
 from shielded.evaluation.reproduce.reference import Reference
 from shielded.evaluation.reproduce.study import Cell, Setting, Study
 from shielded.latent_space import LatentSpace
-from shielded.models import PRESETS
+from shielded.models import PRESETS, VARIETY, VARIETY_RADIUS
 
 PLAIN = Setting("plain")
 PER_ROOT_DIM = 0.78  # the paper's radius of 200 for Stable Diffusion 3, per √dimension; for models without a preset
 LEVELS = tuple((round(1 - i / 10, 1), round(0.9 - i / 10, 1)) for i in range(10))
 PAIRS = {"recall": "precision", "coverage": "density", "vendi": "caption"}  # across: up
 WORST_CAPTION = 0.9  # of the plain caption score; points below it count for nothing, however diverse they are
-# What costs least for its diversity on the embedded model: a strong push while x0 is still a blurred mean.
-BEST: dict[str, Any] = {"window": (1.0, 0.85), "overcompensation": 5.0}
-RADIUS = {"emoji": (26.0, 44.0)}  # of the paper's formula and of our setting
+RADIUS = {"emoji": 26.0}  # of the paper's formula, where it was measured
 
 
 def spell(label: str, radius: float, **options: Any) -> Setting:
@@ -37,30 +35,28 @@ def paper(radius: float) -> Setting:
 
 
 def best(radius: float) -> Setting:
-    """The setting that `BEST` describes."""
-    return spell("SPELL, our setting", radius, **BEST)
+    """What costs least for its diversity on the embedded model, and is the default of `shielded generate`."""
+    return spell("SPELL, our setting", radius, **VARIETY)
 
 
 def radii(study: Study, radius: float | None = None) -> tuple[float, float]:
-    """Of the paper's formula and of our setting: what was asked for, or measured, or the preset's per √dimension."""
+    """Of the paper's formula and of our setting: what was asked for, or measured, or per √dimension."""
     if radius is not None:
         return radius, radius
-    if study.model in RADIUS:
-        return RADIUS[study.model]
-    preset = PRESETS.get(study.model)
-    beginning = (preset.radius if preset else PER_ROOT_DIM) * LatentSpace.of(study.pipe).dim ** 0.5
-    return beginning, beginning
+    preset, root = PRESETS.get(study.model), LatentSpace.of(study.pipe).dim ** 0.5
+    formula = RADIUS.get(study.model, (preset.radius if preset else PER_ROOT_DIM) * root)
+    return formula, VARIETY_RADIUS * root
 
 
 # Strengths swept by `tradeoff`; radii are multiples of the model's own.
 SWEEPS: dict[str, Callable[[float, float], list[Setting]]] = {
-    "spell": lambda _, r: [best(round(f * r, 3)) for f in (0.4, 0.6, 0.8, 1, 1.3)],
-    "spell-paper": lambda r, _: [paper(round(f * r, 3)) for f in (0.4, 0.6, 0.8, 1)],
-    "particle": lambda *_: [Setting("Particle Guidance", "particle", s) for s in (10.0, 20.0, 40.0, 80.0)],
-    "cads": lambda *_: [Setting("CADS", "cads", s) for s in (0.25, 0.5, 1.0, 2.0)],
-    "interval": lambda *_: [Setting("Interval Guidance", "interval", s) for s in (0.2, 0.4, 0.6, 0.8)],
-    "sgf": lambda *_: [Setting("SGF kernel, early", "sgf", s) for s in (4.0, 8.0, 16.0, 32.0)],
-    "noise": lambda *_: [Setting("farthest initial noise", "noise", s) for s in (3.0, 15.0)],
+    "spell": lambda _, r: [best(round(f * r, 3)) for f in (0.6, 1, 1.3)],
+    "spell-paper": lambda r, _: [paper(round(f * r, 3)) for f in (0.4, 0.6, 1)],
+    "particle": lambda *_: [Setting("Particle Guidance", "particle", s) for s in (10.0, 20.0, 80.0)],
+    "cads": lambda *_: [Setting("CADS", "cads", s) for s in (0.25, 0.5, 2.0)],
+    "interval": lambda *_: [Setting("Interval Guidance", "interval", s) for s in (0.2, 0.4, 0.8)],
+    "sgf": lambda *_: [Setting("SGF kernel, early", "sgf", s) for s in (4.0, 8.0, 32.0)],
+    "noise": lambda *_: [Setting("farthest initial noise", "noise", s) for s in (1.0, 3.0, 15.0)],
 }
 
 
