@@ -105,6 +105,18 @@ def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor,
     return result * scale
 
 
+def stays_inside(gram: Tensor, multipliers: Tensor, distance: Tensor, radius: Tensor, valid: Tensor) -> Tensor:
+    """(n,) bool: images that Σ ν_k u_k does not lead out of all shields, or only far away.
+
+    In few dimensions half-spaces may meet far away; walking straight out takes at most two radii.
+    """
+    inner = _times(gram, multipliers)
+    energy = (multipliers * inner).sum(dim=1, keepdim=True)
+    deficit = radius.square() - (distance.square() + 2 * distance * inner + energy)
+    far = energy.squeeze(1) > (2 * radius.amax(dim=1)).square()
+    return far | (valid & (deficit > 1e-9 * radius.square())).any(dim=1)
+
+
 def escape_length(along: Tensor, deficit: Tensor) -> Tensor:
     """How far to walk along a unit vector v until every shield is left: max_k of the root of ‖y − z_k + t v‖ = r_k.
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from shielded.projection import separate, smallest_move, way_out
+from shielded.projection import separate, smallest_move, stays_inside, way_out
 from shielded.references import (
     CHUNK,
     PRECISION,
@@ -25,10 +26,11 @@ from shielded.references import (
     TensorReferences,
     at_once,
     column_blocks,
-    distances_of,
     deepest,
+    distances_of,
     merge,
     pair_distances,
+    rank_within_query,
     squared_distances,
     unknown,
 )
@@ -49,16 +51,26 @@ def tie_break(shape: tuple[int, int], device: torch.device) -> Tensor:
     return (directions / directions.norm(dim=1, keepdim=True)).to(device)
 
 
+def push_direction(x0: Tensor, noise: Tensor | None) -> Tensor:
+    """(B, D) the predicted noise; a fixed direction where there is none, as in the last step of some samplers."""
+    fixed = tie_break((1, x0.shape[1]), x0.device)
+    return fixed.expand_as(x0) if noise is None else torch.where(noise.any(dim=1, keepdim=True), noise, fixed)
+
+
 def sum_correction(x0: Tensor, references: References, hits: Hits, noise: Tensor) -> Tensor:
     """The paper's Δ for the active shields. (B, D)"""
     delta = torch.zeros_like(x0)
-    for own in _together(hits, x0.shape[1], pairs=False):
-        group = _Group.of(x0, references, own)
-        depth = own.radius - own.distance
-        coincident = own.distance <= _COINCIDENT * own.radius
-        group.weight[group.image, group.place] = torch.where(coincident, 0, depth / own.distance)
-        group.along.index_add_(0, group.image, torch.where(coincident, depth, 0) / group.noise_length(noise)[group.image])
-        group.move(delta, noise)
+    block = rank_within_query(hits) // max(1, _HELD // x0.shape[1])
+    for n in range(int(block.max()) + 1 if len(hits) else 0):
+        for own in _together(hits[block == n], x0.shape[1], pairs=False):
+            group = _Group(x0, references, own, noise)
+            depth = own.radius - own.distance
+            coincident = own.distance <= _COINCIDENT * own.radius
+            group.weight[group.image, group.place] = torch.where(coincident, 0, depth / own.distance)
+            if coincident.any():
+                group.along.index_add_(0, group.image, torch.where(coincident, depth, 0))
+                group.along /= group.noise_length
+            group.add_move(delta)
     return delta
 
 
@@ -91,10 +103,13 @@ def project_correction(
             break
         chosen = merge(chosen, fresh)
         for own in _together(chosen[solved[chosen.query]], x0.shape[1], pairs=True):
-            group = _Group.of(x0, references, own)
+            group = _Group(x0, references, own, noise)
             if attempt:  # new shields were measured from where the move led
                 own.distance = group.distances()
-            _leave(group, own, noise, delta, exact)
+            for shields in _padded(group, own):
+                _leave(group, shields, exact[group.query[shields.own]])
+            delta[group.query] = 0
+            group.add_move(delta)
         moved = delta[rows].add_(x0[rows])
         found = references.scan(moved, None if shrink is None else shrink[rows]).hits()
         # The solution touches its shields; rounding of x0 + h may leave it a hair inside, which is not entering.
@@ -135,145 +150,88 @@ def _together(hits: Hits, dim: int, pairs: bool) -> Iterator[Hits]:
         yield hits[(image >= first) & (image < first + best)]
 
 
-@dataclass
 class _Group:
-    """Images and the references whose shields they are in; a move is Σ_k weight_k (x − z_k) + along · noise."""
+    """Images that are solved together, and the references z whose shields they are in.
 
-    query: Tensor  # (n,) rows of x0
-    x: Tensor  # (n, D)
-    z: Tensor  # (m, D)
-    image: Tensor  # (P,) which of the images a hit belongs to
-    place: Tensor  # (P,) which of the references
-    weight: Tensor  # (n, m) float64
-    along: Tensor  # (n,) float64
+    Their moves are Σ_k weight_k (x − z_k) + along · noise.
 
-    @classmethod
-    def of(cls, x0: Tensor, references: References, hits: Hits) -> _Group:
-        query, image = hits.query.unique_consecutive(return_inverse=True)
-        rows, place = hits.row.unique(return_inverse=True)
-        weight = torch.zeros(len(query), len(rows), dtype=torch.float64, device=x0.device)
-        return cls(query, x0[query], references.vectors(rows), image, place, weight, weight.new_zeros(len(query)))
+    Args:
+        x0: (B, D).
+        references: where to find the vectors of the references; each is asked for once.
+        hits: (P,) the active shields of some of the images.
+        noise: (B, D), not zero.
+    """
+
+    def __init__(self, x0: Tensor, references: References, hits: Hits, noise: Tensor) -> None:
+        self.query, self.image = hits.query.unique_consecutive(return_inverse=True)  # (n,) rows of x0; (P,)
+        rows, self.place = hits.row.unique(return_inverse=True)  # (m,); (P,)
+        self.x = x0 if len(self.query) == len(x0) else x0[self.query]  # (n, D)
+        self.z = references.vectors(rows)  # (m, D)
+        self.weight = torch.zeros(len(self.query), len(rows), dtype=torch.float64, device=x0.device)
+        self.along = self.weight.new_zeros(len(self.query))
+        self._noise = noise
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """(n, D)"""
+        return self._noise if len(self.query) == len(self._noise) else self._noise[self.query]
+
+    @cached_property
+    def noise_length(self) -> Tensor:
+        """(n,) float64"""
+        return torch.linalg.vector_norm(self.noise, dim=1, dtype=torch.float64)
+
+    @cached_property
+    def noise_across(self) -> Tensor:
+        """noise · (x − z_k), (n, m) float64."""
+        result = torch.zeros_like(self.weight)
+        for part, x, z in self._blocks():
+            noise = self.noise[:, part].double()
+            result += (noise * x).sum(dim=1, keepdim=True) - noise @ z.T
+        return result
+
+    @cached_property
+    def between(self) -> tuple[Tensor, float]:
+        """Squared distances between the references (m, m) float64, and how far they may be off."""
+        squared, error = squared_distances(self.z, self.z)
+        return squared, float(error.max())
 
     def distances(self) -> Tensor:
-        """Of the hits, (P,) float64."""
+        """‖x − z‖ of the hits, (P,) float64."""
         return distances_of(self.x, self.z, self.image, self.place, *squared_distances(self.x, self.z))
 
-    def normals(
-        self, between: Tensor, error: Tensor, own: Tensor, place: Tensor, distance: Tensor, exact: Tensor
-    ) -> Tensor:
-        """u_k·u_l (n, A, A) float64 for the images `own` (n,) and references `place` (n, A); zero where distance is.
+    def add_move(self, delta: Tensor) -> None:
+        """Add the moves to delta (B, D). In float64: deep among the references large weights nearly cancel."""
+        total, pushed = self.weight.sum(dim=1, keepdim=True), bool(self.along.any())
+        for part, x, z in self._blocks():
+            move = total * x - self.weight @ z
+            if pushed:
+                move += self.along[:, None] * self.noise[:, part]
+            delta[self.query, part] += move.to(delta.dtype)
 
-        They follow from the squared distances `between` the references, which are off by `error`. Next to a reference,
-        where these say too little, and for `exact` (n,) images, from the offsets themselves.
-        """
-        squared = distance.square()
-        scale = torch.where(distance > 0, 1 / distance, 0)
-        gram = squared[:, :, None] + squared[:, None, :] - between[place[:, :, None], place[:, None, :]]
-        gram *= 0.5 * scale[:, :, None] * scale[:, None, :]
-        nearest = torch.where(distance > 0, squared, torch.inf).amin(dim=1)
-        near = (exact | (PRECISION * nearest < error.max())).nonzero().flatten()
-        for rows in near.split(max(1, at_once(near.device) // (128 * place.shape[1]))) if len(near) else ():
-            exact = torch.zeros_like(gram[rows])
-            for part in column_blocks(self.x, place[rows].numel()):
-                offset = self.x[own[rows], None, part].double() - self.z[place[rows], part].double()
-                exact += offset @ offset.transpose(1, 2)
-            gram[rows] = exact * (scale[rows, :, None] * scale[rows, None, :])
-        return gram
-
-    def noise_length(self, noise: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(noise[self.query], dim=1, dtype=torch.float64)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Columns, and x and z there in float64 with the origin in the middle of x."""
         for part in column_blocks(self.x, len(self.x) + len(self.z)):
             x = self.x[:, part].double()
             centre = x.mean(dim=0)
             yield part, x - centre, self.z[:, part].double() - centre
 
-    def across(self, noise: Tensor) -> Tensor:
-        """noise · (x − z_k), (n, m) float64."""
-        result = torch.zeros_like(self.weight)
-        for part, x, z in self.blocks():
-            own = noise[self.query, part].double()
-            result += (own * x).sum(dim=1, keepdim=True) - own @ z.T
-        return result
 
-    def move(self, delta: Tensor, noise: Tensor) -> None:
-        """Write the moves to delta (B, D). In float64: deep among the references large weights nearly cancel."""
-        total, pushed = self.weight.sum(dim=1, keepdim=True), bool(self.along.any())
-        for part, x, z in self.blocks():
-            move = total * x - self.weight @ z
-            if pushed:
-                move += self.along[:, None] * noise[self.query, part]
-            delta[self.query, part] = move.to(delta.dtype)
+@dataclass
+class _Shields:
+    """The active shields of n images of a group, padded to the same number A."""
+
+    own: Tensor  # (n,) which of the group's images
+    place: Tensor  # (n, A) which of its references
+    distance: Tensor  # (n, A) float64; 0 where there is no direction
+    radius: Tensor  # (n, A) float64
+    valid: Tensor  # (n, A) bool, False marks padding
+    directed: Tensor  # (n, A) bool: valid, and x0 does not equal the reference, from which any direction leads away
 
 
-def _leave(group: _Group, hits: Hits, noise: Tensor, delta: Tensor, exact: Tensor) -> None:
-    """Write the smallest moves out of the given shields to delta (B, D)."""
+def _padded(group: _Group, hits: Hits) -> Iterator[_Shields]:
+    """The shields of a group, images with similar numbers of them together, a bounded piece at a time."""
     counts = torch.bincount(group.image)
-    between = error = None
-    if int(counts.max()) > 1:
-        between, error = squared_distances(group.z, group.z)
-    for own, index, valid in _padded(counts):
-        distance, radius = hits.distance[index], hits.radius[index]
-        directed = valid & (distance > _COINCIDENT * radius)
-        if index.shape[1] == 1:  # the formula itself: a projection onto the shell
-            move, step = radius - distance, (radius - distance)[:, 0] / group.noise_length(noise)[own]
-            step = torch.where(directed[:, 0], 0, step)
-        else:
-            direct = exact[group.query[own]]
-            gram = group.normals(between, error, own, group.place[index], torch.where(directed, distance, 0), direct)
-            move, step = _smallest(group, gram, own, index, valid, directed, distance, radius, noise)
-        weight = torch.where(directed, move / distance, 0)
-        group.weight.index_put_((own[:, None], group.place[index]), weight, accumulate=True)  # padding adds zero
-        group.along[own] = step
-    group.move(delta, noise)
-
-
-def _smallest(
-    group: _Group,
-    gram: Tensor,
-    own: Tensor,
-    index: Tensor,
-    valid: Tensor,
-    directed: Tensor,
-    distance: Tensor,
-    radius: Tensor,
-    noise: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Coefficients of the normals (n, A) and of the noise (n,)."""
-    place = group.place[index]
-    # Where x0 equals a reference, no half-space describes the shield: any move of length r leaves it.
-    distance = torch.where(directed, distance, 0)
-    radius = radius * (1 + 3e-6)  # room for the rounding of x0 + h in float32
-    multipliers = smallest_move(gram, distance, radius, valid, directed)
-    step = torch.zeros_like(distance[:, 0])
-    along = (gram @ multipliers.unsqueeze(-1)).squeeze(-1)
-    energy = (multipliers * along).sum(dim=1, keepdim=True)
-    deficit = radius.square() - (distance.square() + 2 * distance * along + energy)
-    # In few dimensions the half-spaces may meet far away; walking straight out takes at most two radii.
-    far = energy.squeeze(1) > (2 * radius.amax(dim=1)).square()
-    stuck = (far | (valid & (deficit > 1e-9 * radius.square())).any(dim=1)).nonzero().flatten()
-    if len(stuck):
-        across = torch.where(directed, group.across(noise)[own[:, None], place] / distance, 0)
-        multipliers[stuck], step[stuck] = way_out(
-            gram[stuck],
-            multipliers[stuck],
-            distance[stuck],
-            radius[stuck],
-            valid[stuck],
-            across[stuck],
-            group.noise_length(noise)[own[stuck]],
-        )
-    return multipliers, step
-
-
-def _padded(counts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images with similar numbers of shields, a bounded piece at a time, padded to the same number A.
-
-    Yields:
-        images (n,), their hits (n, A), and (n, A) bool, False where that is padding.
-    """
     starts = counts.cumsum(0) - counts
     counts, order = counts.sort(stable=True)
     sizes = counts.tolist()
@@ -284,11 +242,63 @@ def _padded(counts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             if sizes[last] > 1 and sizes[first] == 1:  # one shield has a closed form
                 break
             last += 1
-        own = order[first:last]
-        place = torch.arange(sizes[last - 1], device=counts.device)
-        valid = place < counts[first:last, None]
-        yield own, torch.where(valid, starts[own, None] + place, starts[own, None]), valid
+        own, number = order[first:last], torch.arange(sizes[last - 1], device=counts.device)
+        valid = number < counts[first:last, None]
+        index = torch.where(valid, starts[own, None] + number, starts[own, None])
+        distance, radius = hits.distance[index], hits.radius[index]
+        directed = valid & (distance > _COINCIDENT * radius)
+        yield _Shields(own, group.place[index], torch.where(directed, distance, 0), radius, valid, directed)
         first = last
+
+
+def _leave(group: _Group, shields: _Shields, exact: Tensor) -> None:
+    """Set the group's weights to the smallest moves out of the given shields."""
+    own, distance, radius, directed = shields.own, shields.distance, shields.radius, shields.directed
+    if distance.shape[1] == 1:  # the formula itself: a projection onto the shell
+        multipliers = radius - distance
+        if not directed.all():
+            group.along[own] = torch.where(directed, 0, multipliers)[:, 0] / group.noise_length[own]
+    else:
+        radius = radius * (1 + 3e-6)  # room for the rounding of x0 + h in float32
+        gram = _normals(group, shields, exact)
+        multipliers = smallest_move(gram, distance, radius, shields.valid, directed)
+        stuck = stays_inside(gram, multipliers, distance, radius, shields.valid).nonzero().flatten()
+        if len(stuck):
+            noise = torch.where(directed, group.noise_across[own[:, None], shields.place] / distance, 0)
+            multipliers[stuck], group.along[own[stuck]] = way_out(
+                gram[stuck],
+                multipliers[stuck],
+                distance[stuck],
+                radius[stuck],
+                shields.valid[stuck],
+                noise[stuck],
+                group.noise_length[own[stuck]],
+            )
+    weight = torch.where(directed, multipliers / distance, 0)
+    group.weight.index_put_((own[:, None], shields.place), weight, accumulate=True)  # padding adds zero
+
+
+def _normals(group: _Group, shields: _Shields, exact: Tensor) -> Tensor:
+    """u_k·u_l (n, A, A) float64; zero for shields without a direction.
+
+    The products follow from the distances between the references, which all images share. Next to a reference, where
+    these say too little, and for the `exact` (n,) images, they are those of the offsets themselves.
+    """
+    place, squared = shields.place, shields.distance.square()
+    scale = torch.where(shields.directed, 1 / shields.distance, 0)
+    between, error = group.between
+    gram = squared[:, :, None] + squared[:, None, :] - between[place[:, :, None], place[:, None, :]]
+    gram *= 0.5 * scale[:, :, None] * scale[:, None, :]
+    nearest = torch.where(shields.directed, squared, torch.inf).amin(dim=1)
+    direct = (exact | (PRECISION * nearest < error)).nonzero().flatten()
+    if len(direct):
+        for rows in direct.split(max(1, at_once(direct.device) // (128 * place.shape[1]))):
+            products = torch.zeros_like(gram[rows])
+            for part in column_blocks(group.x, place[rows].numel()):
+                offset = group.x[shields.own[rows], None, part].double() - group.z[place[rows], part].double()
+                products += offset @ offset.transpose(1, 2)
+            gram[rows] = products * (scale[rows, :, None] * scale[rows, None, :])
+    return gram
 
 
 # The other images of the batch --------------------------------------------------------------------------------------
@@ -384,9 +394,7 @@ def repellency(
     if not torch.isfinite(x0).all():
         raise ValueError("x0 contains NaN or infinity.")
     flat = x0.detach().float().flatten(1)
-    direction = (
-        tie_break((1, flat.shape[1]), flat.device).expand_as(flat) if noise is None else noise.float().flatten(1)
-    )
+    direction = push_direction(flat, None if noise is None else noise.float().flatten(1))
     shields = TensorReferences(references.detach().to(flat.device).flatten(1), radius)
     hits = shields.scan(flat).hits()
     if overlap == "sum":
