@@ -58,7 +58,7 @@ def cost(out: Path | None, limit: float) -> None:
         "",
         "B images, all of them inside the shields of the same K references, as blurred images are early in sampling. "
         "*sum* is the paper's formula, *project* the default. Written by `python benchmarks/core.py cost --out "
-        "docs/cost.md`: float32, processor seconds of one CPU core, so that other jobs on the machine do not count, the "
+        "docs/cost.md`: float32, processor seconds of one CPU core, so that other jobs do not count, the "
         "median of five runs, or of fewer where these take more than 2 s. *Peak* is the most memory that either took "
         "beyond its inputs (x0, references, noise), beside what the differences x0 − z alone would take as one tensor "
         "(B, K, dim).",
