@@ -210,7 +210,7 @@ def squared_distances(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     digits that matter unless a distance is a thousandth of the norms; the bound says where.
 
     Args:
-        x: (B, D). Distances of a single row are exact.
+        x: (B, D). With a single row nothing cancels.
         z: (K, D).
 
     Returns:
