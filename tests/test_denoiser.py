@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch._dynamo.testing
 from ideal import POINTS, Ideal
 
 from shielded import Spell
@@ -165,3 +166,18 @@ def test_guide_of_another_dtype():
         return Ideal()(x, sigma).half()
 
     assert Guided(Ideal(), half, 2.0)(noise(), 1.0).dtype == torch.float32
+
+
+def test_compiled_model():
+    """The correction stays outside the compiled graph, which is neither broken nor compiled again by it."""
+    net = torch.nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    references = net(noise())
+    for radius in (0.01, 5.0):
+        spell = Spell(references, radius, batch=False)
+        x0 = RepelledDenoiser(lambda x, sigma: compiled(x), spell)(noise() + 0.1, 2.0)
+        plain = RepelledDenoiser(lambda x, sigma: net(x), Spell(references, radius, batch=False))(noise() + 0.1, 2.0)
+        assert torch.equal(x0, plain)
+    assert spell.trace[0]["active"] == 1
+    assert counter.frame_count == 1

@@ -6,9 +6,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from shielded import Spell
-from shielded.repellency import active_pairs, project_pairs, repellency, sum_pairs
+from shielded import LatentSpace, ProtectedSet, Spell
+from shielded.references import SetReferences, distances_of, squared_distances
+from shielded.repellency import active_pairs, project_correction, project_pairs, repellency, sum_pairs
 
 
 def golden():
@@ -159,6 +161,31 @@ def test_one_shield_at_any_distance_in_any_dtype(seed, distance, depth, batch, d
         assert repellency(x, z, nearest * (1 - 1e-3), overlap=overlap).count_nonzero() == 0
 
 
+def smallest_move_directly(x, z, radius):
+    """How far scipy moves one image, in coordinates and float64; it may stop at a move that is not the smallest."""
+    w = (x.double()[None] - z.double()).numpy()
+    excess = radius**2 - (w**2).sum(axis=1)
+    basis = np.linalg.qr(w.T)[0]  # the smallest move lies in the span of the offsets, and one direction beside it
+    w = w @ basis
+
+    def value(v):
+        return v @ v  # ‖h‖², with the last number of v the step at a right angle
+
+    found = minimize(
+        value,
+        np.append(np.zeros(w.shape[1]), radius),
+        jac=lambda v: 2 * v,
+        constraints={
+            "type": "ineq",
+            "fun": lambda v: 2 * w @ v[:-1] + v @ v - excess,
+            "jac": lambda v: np.hstack([2 * w + 2 * v[:-1], np.full((len(w), 1), 2 * v[-1])]),
+        },
+        method="SLSQP",
+        options={"maxiter": 500, "ftol": 1e-14},
+    )
+    return np.sqrt(found.fun)
+
+
 # The projection -----------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +232,113 @@ def test_projection_is_the_smallest_move(seed):
             best = min(best, np.linalg.norm(found.x))
     if np.isfinite(best):
         assert move.norm().item() <= best * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("gap", [1e-8, 1e-6, 1e-5, 1e-3, 0.1])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_next_to_a_reference_in_a_crowd(gap, offset):
+    """x0 almost on one of twelve references: neither shields nor the smallest move get lost in rounding."""
+    generator = torch.Generator().manual_seed(11)
+    z = torch.randn(12, 600, generator=generator) + offset
+    x = z[:3] + gap * torch.randn(3, 600, generator=generator)
+    radius, noise = 30.0, torch.randn(3, 600, generator=generator)
+    move = repellency(x, z, radius, overlap="project", noise=noise)
+    assert distances(x.double() + move.double(), z).min() >= radius * (1 - 1e-5)
+    for i in range(3):
+        assert move[i].double().norm().item() <= smallest_move_directly(x[i], z, radius) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("overlap", ["sum", "project"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_batch_is_solved_as_its_images_one_by_one(overlap, own):
+    """In shared products and in parts, whether the images share their shields or each has some of its own."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(60, 300, generator=generator)
+    x = 0.3 * torch.randn(70, 300, generator=generator)
+    if own:
+        x = (z[:, None] + 0.2 * torch.randn(60, 2, 300, generator=generator)).flatten(0, 1) + 5 * torch.arange(120)[
+            :, None
+        ]
+        z = (x[:, None] + 0.5 * torch.randn(120, 4, 300, generator=generator)).flatten(0, 1)
+    radius = 8.0 if own else 1.02 * distances(x, z).max().item()
+    noise = torch.randn(x.shape, generator=generator)
+    together = repellency(x, z, radius, overlap=overlap, noise=noise)
+    for i in range(0, len(x), 17):
+        alone = repellency(x[i : i + 1], z, radius, overlap=overlap, noise=noise[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
+    if overlap == "sum":
+        torch.testing.assert_close(together[::40].double(), formula(x[::40], z, radius), rtol=1e-4, atol=1e-4)
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(value, torch.Tensor) and "view" not in func.name() and "expand" not in func.name():
+                self.largest = max(self.largest, value.numel())
+        return made
+
+
+@pytest.mark.parametrize("overlap", ["sum", "project"])
+def test_no_tensor_of_batch_times_references_times_dimensions(overlap):
+    generator = torch.Generator().manual_seed(0)
+    x, z = 0.3 * torch.randn(48, 8192, generator=generator), torch.randn(40, 8192, generator=generator)
+    radius = 1.1 * distances(x[:4], z).max().item()
+    with Sizes() as sizes:
+        move = repellency(x, z, radius, overlap=overlap)
+    assert move.any(dim=1).all()
+    assert sizes.largest <= max(x.numel(), z.numel())  # 40 times less than all differences
+
+
+def test_references_are_fetched_once_per_round(tmp_path):
+    """For the whole batch, not once per image."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(30, 256, generator=generator)
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape=(256,)))
+    protected.add(z, [str(k) for k in range(30)])
+    fetched = []
+
+    class Counting(SetReferences):
+        def vectors(self, rows):
+            fetched.append(len(rows))
+            return super().vectors(rows)
+
+    x, noise = 0.3 * torch.randn(8, 256, generator=generator), torch.randn(8, 256, generator=generator)
+    references = Counting(protected, 20.0, x.device)
+    move, unresolved = project_correction(x, references, references.scan(x).hits(), noise)
+    assert distances(x + move, z).min() >= 20.0 * (1 - 1e-5)
+    assert not unresolved.any()
+    assert fetched == [30]  # all shields are active from the start, and one round leaves them
+
+
+@given(seed=st.integers(0, 10_000), dim=st.integers(1, 3000), offset=st.sampled_from([0.0, 100.0]), gap=st.floats(0, 1))
+@settings(max_examples=30, deadline=None)
+def test_distances_by_products_are_as_exact_as_they_say(seed, dim, offset, gap):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(5, dim, generator=generator) + offset
+    x = torch.cat([z[:2] + gap**8 * torch.randn(2, dim, generator=generator), z[2:3]])
+    squared, error = squared_distances(x, z)
+    true = (x.double()[:, None] - z.double()).square().sum(dim=2)
+    assert ((squared - true).abs() <= error).all()
+    row = torch.arange(5)
+    for i in range(3):
+        found = distances_of(x, z, torch.full((5,), i), row, squared, error)
+        torch.testing.assert_close(found, true[i].sqrt(), rtol=1e-7, atol=0.0)
+
+
+def test_no_direction_in_the_noise():
+    """At the last step of some samplers the predicted noise is zero; the push takes a fixed direction then."""
+    z = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    for overlap in ("sum", "project"):
+        move = repellency(z[:1], z[:1], 2.0, overlap=overlap, noise=torch.zeros(1, 40))
+        assert move.norm().item() == pytest.approx(2.0, rel=1e-5)
+        move = repellency(z[:1], z, 30.0, overlap=overlap, noise=torch.zeros(1, 40))
+        assert torch.isfinite(move).all()
+    assert distances(z[:1] + move, z).min() >= 30.0 * (1 - 1e-5)
 
 
 def test_opposing_shields_are_left_sideways():

@@ -88,7 +88,7 @@ def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor,
     slope = 1 / (2 * distance)
     bound = deepest.square()  # leaving the deepest shield alone takes this much
     result = torch.zeros_like(distance)
-    passive = directed & (excess > 0)
+    passive = directed & (excess > bound * slope)
     left = torch.arange(len(distance), device=distance.device)  # rows whose bound still rises
     for _ in range(_NEWTON_ROUNDS):
         target = (excess[left] - bound[left] * slope[left]) * directed[left]
@@ -105,14 +105,74 @@ def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor,
     return result * scale
 
 
+def stays_inside(gram: Tensor, multipliers: Tensor, distance: Tensor, radius: Tensor, valid: Tensor) -> Tensor:
+    """(n,) bool: images that Σ ν_k u_k does not lead out of all shields, or only far away.
+
+    In few dimensions half-spaces may meet far away; walking straight out takes at most two radii.
+    """
+    inner = _times(gram, multipliers)
+    energy = (multipliers * inner).sum(dim=1, keepdim=True)
+    deficit = radius.square() - (distance.square() + 2 * distance * inner + energy)
+    far = energy.squeeze(1) > (2 * radius.amax(dim=1)).square()
+    return far | (valid & (deficit > 1e-9 * radius.square())).any(dim=1)
+
+
 def escape_length(along: Tensor, deficit: Tensor) -> Tensor:
     """How far to walk along a unit vector v until every shield is left: max_k of the root of ‖y − z_k + t v‖ = r_k.
 
     Args:
-        along: (A,) (y − z_k)·v.
-        deficit: (A,) r_k² − ‖y − z_k‖².
+        along: (n, A) (y − z_k)·v.
+        deficit: (n, A) r_k² − ‖y − z_k‖².
     """
-    return (torch.sqrt((along.square() + deficit).clamp(min=0)) - along).where(deficit > 0, 0).max()
+    return (torch.sqrt((along.square() + deficit).clamp(min=0)) - along).where(deficit > 0, 0).amax(dim=1)
+
+
+def way_out(
+    gram: Tensor,
+    multipliers: Tensor,
+    distance: Tensor,
+    radius: Tensor,
+    valid: Tensor,
+    noise: Tensor,
+    noise_length: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Out of the shields that Σ ν_k u_k does not leave: on from there, or straight from x0 where that is shorter.
+
+    The step is at a right angle to all normals, along what is left of the predicted noise.
+
+    Args:
+        gram: (n, A, A) float64, u_k·u_l; zero for shields without a direction.
+        multipliers: (n, A) ν.
+        distance: (n, A).
+        radius: (n, A).
+        valid: (n, A) bool.
+        noise: (n, A) noise·u_k, zero for shields without a direction.
+        noise_length: (n,) ‖noise‖.
+
+    Returns:
+        the whole move as coefficients (n, A) of the normals u_k and (n,) of the noise.
+    """
+    ridge = 1e-9 * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    share = torch.linalg.solve(gram + ridge, noise.unsqueeze(-1)).squeeze(-1)
+    crossing = noise - _times(gram, share)  # u_k · (noise − Σ share_l u_l)
+    length = (noise_length.square() - (share * (noise + crossing)).sum(dim=1)).clamp(min=0).sqrt()
+    spanned = length < 1e-3 * noise_length  # as many shields as dimensions: any direction leads out in the end
+    share = torch.where(spanned[:, None], 0, share)
+    length = torch.where(spanned, noise_length, length)[:, None]
+    along = torch.where(spanned[:, None], noise, crossing) / length
+    inner = _times(gram, multipliers)
+    energy = (multipliers * inner).sum(dim=1)
+    beside = (multipliers * along).sum(dim=1)  # Σ ν_k u_k · direction
+    left = radius.square() - distance.square() - 2 * distance * inner - energy[:, None]
+    on = escape_length(distance * along + beside[:, None], torch.where(valid, left, 0))
+    straight = escape_length(distance * along, torch.where(valid, radius.square() - distance.square(), 0))
+    shorter = energy + 2 * on * beside + on.square() <= straight.square()
+    step = torch.where(shorter, on, straight) / length[:, 0]
+    return torch.where(shorter[:, None], multipliers, 0) - step[:, None] * share, step
+
+
+def _times(gram: Tensor, vector: Tensor) -> Tensor:
+    return (gram @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def separate(points: Tensor, radius: Tensor, together: Tensor, rounds: int = 12) -> tuple[Tensor, Tensor]:

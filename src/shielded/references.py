@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from shielded.protected import ProtectedSet
 
 CHUNK = 1 << 24  # elements of differences held at once: 64 MiB in float32
+PRECISION = 1e-8  # squared distances that may be off by more than this share are measured again by subtraction
 
 
 @dataclass
@@ -68,20 +69,16 @@ class TensorReferences:
         if shrink is not None:
             squared = squared - shrink.double()[:, None]
         limit = squared.clamp(min=0).sqrt()
-        # Distances by subtraction, not by the matmul shortcut, which cancels for small ones. A float32 sum of D squares
-        # is off by at most D·2⁻²⁴; what lies so close to the shell is measured again in float64.
-        rough = torch.cdist(x0, self._vectors, compute_mode="donot_use_mm_for_euclid_dist")
-        margin = x0.shape[1] * 2.0**-23
-        near = rough < (limit * (1 + margin)).float()
+        squared, error = squared_distances(x0, self._vectors)
+        near = squared - error < limit.square()
         if self._nearest is not None and self._nearest < len(self._vectors):
-            few = rough.topk(self._nearest, largest=False).indices
+            few = squared.topk(self._nearest, largest=False).indices
             near &= torch.zeros_like(near).scatter(1, few, True)
 
         def hits() -> Hits:
             query, row = torch.nonzero(near, as_tuple=True)
-            found = Hits(query, row, rough[query, row].double(), limit[query, row])
-            unsure = (found.distance > found.radius * (1 - margin)).nonzero().flatten()
-            found.distance[unsure] = pair_distances(x0, self._vectors, query[unsure], row[unsure])
+            radius = limit[query, row]
+            found = Hits(query, row, distances_of(x0, self._vectors, query, row, squared, error, radius), radius)
             return found[found.distance < found.radius]
 
         return Scan(near.any(), hits)
@@ -168,19 +165,73 @@ def deepest(hits: Hits, k: int) -> Hits:
 
 
 def _first(hits: Hits, key: Tensor, k: int) -> Hits:
+    if len(hits) <= k:
+        return hits
     order = torch.argsort(key, stable=True)
     ordered = hits[order[torch.argsort(hits.query[order], stable=True)]]
     return ordered[rank_within_query(ordered) < k]
 
 
+def unknown(found: Hits, known: Hits) -> Hits:
+    """What was found and is not known yet."""
+    if not (len(found) and len(known)):
+        return found
+    stride = int(max(found.row.max(), known.row.max())) + 1
+    return found[~torch.isin(found.query * stride + found.row, known.query * stride + known.row)]
+
+
 def merge(old: Hits, new: Hits) -> Hits:
-    """Both together, without the new ones that are among the old, in order of the images."""
-    if len(old):
-        stride = int(max(old.row.max(), new.row.max())) + 1
-        new = new[~torch.isin(new.query * stride + new.row, old.query * stride + old.row)]
+    """Both together, in order of the images."""
+    if not len(old):
+        return new
     names = ("query", "row", "distance", "radius")
     both = Hits(*(torch.cat([getattr(old, name), getattr(new, name)]) for name in names))
     return both[torch.argsort(both.query, stable=True)]
+
+
+# Distances ------------------------------------------------------------------------------------------------------------
+
+
+def at_once(device: torch.device) -> int:
+    """How many float64 numbers are worked on at once: on a CPU what stays in a cache."""
+    return 1 << 18 if device.type == "cpu" else CHUNK // 4
+
+
+def column_blocks(x: Tensor, rows: int) -> Iterator[slice]:
+    """Columns of x to work on at once in float64, together with those of `rows` rows."""
+    width = max(128, min(4096, at_once(x.device) // rows))
+    return (slice(start, start + width) for start in range(0, x.shape[1], width))
+
+
+def squared_distances(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """‖x − z‖² of all pairs by matrix products, and a bound on how far each of them is off.
+
+    The products cancel for small distances. In float64, and with the origin moved to the middle of x, this leaves all
+    digits that matter unless a distance is a thousandth of the norms; the bound says where.
+
+    Args:
+        x: (B, D). With a single row nothing cancels.
+        z: (K, D).
+
+    Returns:
+        squared distances and error bounds, (B, K) float64 each.
+    """
+    product = torch.zeros(len(x), len(z), dtype=torch.float64, device=x.device)
+    squared_x = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+    squared_z = torch.zeros(len(z), dtype=torch.float64, device=x.device)
+    widest = blocks = 0
+    for part in column_blocks(x, len(x) + len(z)):
+        x_part, z_part = x[:, part].double(), z[:, part].double()
+        origin = x_part.mean(dim=0)
+        x_part, z_part = x_part - origin, z_part - origin
+        product.addmm_(x_part, z_part.T)
+        squared_x += x_part.square().sum(dim=1, keepdim=True)
+        squared_z += z_part.square().sum(dim=1)
+        widest, blocks = max(widest, x_part.shape[1]), blocks + 1
+    # Sums within a block, then of the blocks, each step rounded (Higham 2002, section 3.1); twice that, to be sure.
+    rounding = 2 * (widest + blocks + 8) * 2.0**-53
+    error = rounding * (squared_x.sqrt() + squared_z.sqrt()).square()
+    return squared_x + squared_z - 2 * product, error
 
 
 def pair_distances(x: Tensor, z: Tensor, query: Tensor, row: Tensor) -> Tensor:
@@ -191,3 +242,20 @@ def pair_distances(x: Tensor, z: Tensor, query: Tensor, row: Tensor) -> Tensor:
         for q, k in zip(query.split(step), row.split(step), strict=True)
     ]  # fmt: skip
     return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float64)
+
+
+def distances_of(
+    x: Tensor, z: Tensor, query: Tensor, row: Tensor, squared: Tensor, error: Tensor, radius: Tensor | None = None
+) -> Tensor:
+    """‖x[query] − z[row]‖ (P,) float64 from `squared_distances`, by subtraction where these say too little.
+
+    That is next to a reference, and where only an exact distance can tell which side of the radius (P,) it is on.
+    """
+    squared, error = squared[query, row], error[query, row]
+    unsure = error > PRECISION * squared
+    if radius is not None:
+        unsure |= (squared - radius.square()).abs() <= error
+    distance = squared.clamp(min=0).sqrt()
+    unsure = unsure.nonzero().flatten()
+    distance[unsure] = pair_distances(x, z, query[unsure], row[unsure])
+    return distance

@@ -23,9 +23,9 @@ from shielded.repellency import (
     check_radius,
     project_correction,
     project_pairs,
+    push_direction,
     sum_correction,
     sum_pairs,
-    tie_break,
 )
 
 _ALTERNATIONS = 4  # between leaving the static shields and separating the batch, each of which can undo the other
@@ -187,7 +187,7 @@ class Spell:
         if idle:
             self._record(step, level, None, x)
             return torch.zeros_like(x0)
-        direction = tie_break((1, x.shape[1]), x.device).expand_as(x) if noise is None else self._flat(noise)
+        direction = push_direction(x, None if noise is None else self._flat(noise))
         if self.overlap == "sum":
             delta = torch.zeros_like(x)
             if hits is not None:
@@ -307,7 +307,7 @@ class Spell:
             crowded = together is not None and bool(active_pairs(x, radius * (1 - 1e-5), together).any())
             if not inside and not crowded:
                 break
-            direction = tie_break((1, x.shape[1]), x.device).expand_as(x)
+            direction = push_direction(x, None)
             move, _ = self._project(x, references, hits, direction, None, radius, together if crowded else None, 1.0)
             if inside:
                 move = move + margin * _outward(x, move, references, closest(hits, 1))

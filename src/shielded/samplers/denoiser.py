@@ -92,7 +92,7 @@ class Guided(_Wrapper):
 
 
 def _level(sigma: Tensor | float) -> float:
-    values = torch.as_tensor(sigma).flatten()
-    if (values != values[0]).any():
+    values = torch.as_tensor(sigma).flatten().tolist()  # the host waits for a GPU once
+    if any(value != values[0] for value in values):
         raise ValueError("sigma must be the same for all rows of the batch; sample rows of other noise levels apart.")
     return float(values[0])
