@@ -1,6 +1,7 @@
 """Many GPUs: the processes of `accelerate launch` share each batch, and come to the images that one process makes.
 
-    from shielded import Spell, distributed, generate
+    from shielded import distributed
+    from shielded.generate import generate
     device = distributed.join()                      # None without `accelerate launch`
     made = generate(pipe, prompts, seeds, spell, processes=device is not None)
 
@@ -18,6 +19,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,10 @@ from torch import Tensor
 
 from shielded.repair import Finished
 from shielded.spell import Spell
+
+# How long a process waits for the others: one may have images to sample again when the others have none. One that has
+# ended is not waited for.
+_WAIT = timedelta(hours=2)
 
 
 def join(device: str | None = None) -> torch.device | None:
@@ -49,18 +55,21 @@ def join(device: str | None = None) -> torch.device | None:
         from accelerate import PartialState
     except ImportError:
         raise RuntimeError("Several processes need accelerate: pip install 'shielded[accelerate]'.") from None
-    return PartialState(cpu=True if device == "cpu" else None).device
+    state = PartialState(cpu=True if device == "cpu" else None, timeout=_WAIT)
+    if not dist.is_initialized():  # after `leave`: accelerate begins a group only once
+        dist.init_process_group(state.backend, timeout=_WAIT)
+    return state.device
 
 
 def leave() -> None:
-    """Ends what `join` began."""
+    """Ends what `join` began; it can be joined again. All processes call it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and talks to the user."""
-    return _index() == 0
+    """Whether this process is the one that writes files and talks to the user, joined or not."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,13 @@ class Share:
         device = _device()
         mine = tensor.to(device).contiguous()
         parts = [torch.empty_like(mine) for _ in range(_processes())]
-        dist.all_gather(parts, mine)
+        try:
+            dist.all_gather(parts, mine)
+        except RuntimeError as error:  # of gloo; with NCCL, the launcher ends all of them
+            raise RuntimeError(
+                "another process has ended, and this one cannot go on without it; its own message says why. "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from error
         return torch.cat(parts)[: self.count].to(tensor.device)
 
     def take(self, tensor: Tensor) -> Tensor:
