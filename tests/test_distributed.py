@@ -26,7 +26,8 @@ SEEDS = [0, 1, 2, 3, 4]  # of which no batch can be split evenly
 PROMPTS = ["pizza", "red heart", "red heart", "pizza", "cat face"]
 TOLERANCE = 1e-3  # latents have norm 33; convolutions round differently in batches of another size
 COUNTS = (1, 8, 11)
-COMMAND = ["generate", "red heart", "-n", "3", "--steps", "3", "--json"]
+STEPS = 2
+COMMAND = ["generate", "red heart", "-n", "3", "--steps", str(STEPS), "--json"]
 
 # ---- what both do ----
 
@@ -67,7 +68,7 @@ def everything(folder, processes):
     """All results of one or of several processes, in a folder; the set of protected images is there already."""
     tensors, told = {}, {}
     pipe = load("emoji", "cpu")
-    options = {"steps": 3, "guidance_scale": GUIDANCE["emoji"], "progress": False, "processes": processes}
+    options = {"steps": STEPS, "guidance_scale": GUIDANCE["emoji"], "progress": False, "processes": processes}
     protected = ProtectedSet.open(folder / "set")
     spells = {
         "plain": (None, slice(5)),
@@ -178,7 +179,7 @@ def folder(tmp_path_factory):
     """With a protected set of two of the images that the plain model makes."""
     folder = tmp_path_factory.mktemp("processes")
     pipe = load("emoji", "cpu")
-    plain = generate(pipe, ["red heart"] * 2, SEEDS[1:3], steps=3, guidance_scale=GUIDANCE["emoji"], progress=False)
+    plain = generate(pipe, ["red heart"] * 2, SEEDS[1:3], steps=STEPS, guidance_scale=GUIDANCE["emoji"], progress=False)
     protected = ProtectedSet.create(folder / "set", LatentSpace.of(pipe))
     protected.add(LatentSpace.of(pipe).encode(plain.images), ["one", "two"], 16.0)
     return folder
@@ -264,7 +265,9 @@ def test_there_is_one_history_and_one_trace(one, two):
             assert ours["push"] == pytest.approx(theirs["push"], abs=TOLERANCE)
     # Images that do not see each other: batches of 3 in each process, so one of all.
     trace = two[0][0][1]["protected"][3]
-    assert [(row["step"], row["image"]) for row in trace] == [(step, image) for step in range(3) for image in range(5)]
+    assert [(row["step"], row["image"]) for row in trace] == [
+        (step, image) for step in range(STEPS) for image in range(5)
+    ]
     assert two[0][1][1]["protected"][3] == trace
 
 
@@ -280,7 +283,7 @@ def test_the_command_writes_one_report(folder, two):
     for name in kept:
         Image.open(folder / "out" / "with" / name).verify()
     rows = list(csv.DictReader((folder / "out" / "trace.csv").open()))
-    assert [(int(row["step"]), int(row["image"])) for row in rows] == [(s, i) for s in range(3) for i in range(3)]
+    assert [(int(row["step"]), int(row["image"])) for row in rows] == [(s, i) for s in range(STEPS) for i in range(3)]
 
 
 def test_alone_there_is_nothing_to_join(monkeypatch):

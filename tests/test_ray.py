@@ -219,11 +219,13 @@ def test_a_worker_that_is_killed_is_replaced(ray, stored, spread, x):
     assert same_hits(spread.within(x, 9.0), stored.within(x, 9.0))
 
 
-def test_workers_that_are_always_killed_end_the_search(ray, spread, x, monkeypatch):
+def test_workers_that_are_always_killed_end_the_search(ray, tmp_path, monkeypatch):
     """For example by the kernel, because their shards are too large for the machine."""
+    ProtectedSet.create(tmp_path, LatentSpace(shape=(4,))).add(torch.zeros(1, 4), ["a"])
     monkeypatch.setattr(cluster, "_Shards", Deadly)
+    monkeypatch.setattr(cluster, "_RETRIES", 1)
     with pytest.raises(RuntimeError, match="a worker of the Ray cluster failed"):
-        ProtectedSet.open(spread.path, ray=ray[1].address)
+        ProtectedSet.open(tmp_path, ray=ray[1].address)
 
 
 class Deadly:
