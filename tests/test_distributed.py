@@ -102,10 +102,11 @@ def main(folder):
     tensors, told = everything(folder, processes=True)
     save_file(tensors, folder / f"{distributed.is_main():d}.safetensors")
     (folder / f"{distributed.is_main():d}.json").write_text(json.dumps(told))
-    distributed.leave()
-    assert distributed.is_main() == (os.environ["RANK"] == "0")
-    # Which joins again.
     app([*COMMAND, "--out", str(folder / "out"), "--protect", str(folder / "set")], standalone_mode=False)
+    distributed.leave()  # what the command has joined, too, is left now
+    assert distributed.is_main() == (os.environ["RANK"] == "0")
+    with pytest.raises(RuntimeError, match="left the others already"):
+        distributed.join("cpu")
 
 
 def one_of_many(rank, processes, folder):

@@ -36,6 +36,8 @@ from shielded.spell import Spell
 # ended is not waited for.
 _WAIT = timedelta(hours=2)
 
+_joined = 0  # calls of `join` that are not ended
+
 
 def join(device: str | None = None) -> torch.device | None:
     """Joins the processes that `accelerate launch` or `torchrun` started.
@@ -47,23 +49,27 @@ def join(device: str | None = None) -> torch.device | None:
         The device of this process, or None if it was started alone.
 
     Raises:
-        RuntimeError: there are several processes, but accelerate is not installed.
+        RuntimeError: there are several processes, but accelerate is not installed, or they were left already.
     """
+    global _joined
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     try:
         from accelerate import PartialState
     except ImportError:
         raise RuntimeError("Several processes need accelerate: pip install 'shielded[accelerate]'.") from None
-    state = PartialState(cpu=True if device == "cpu" else None, timeout=_WAIT)
-    if not dist.is_initialized():  # after `leave`: accelerate begins a group only once
-        dist.init_process_group(state.backend, timeout=_WAIT)
-    return state.device
+    device = PartialState(cpu=True if device == "cpu" else None, timeout=_WAIT).device
+    if not dist.is_initialized():  # accelerate begins a group only once
+        raise RuntimeError("this process has left the others already; join them once, around everything they do.")
+    _joined += 1
+    return device
 
 
 def leave() -> None:
-    """Ends what `join` began; it can be joined again. All processes call it."""
-    if dist.is_initialized():
+    """Ends what `join` began. Who has joined twice, leaves with the second call."""
+    global _joined
+    _joined = max(0, _joined - 1)
+    if dist.is_initialized() and not _joined:
         dist.destroy_process_group()
 
 
