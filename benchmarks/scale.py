@@ -124,9 +124,9 @@ def searches(protected: ProtectedSet, radius: float, side: int) -> dict[str, flo
 
 
 def on_ray(workers: int, stored: Path, radius: float, side: int, pictures: Path, images: int) -> dict[str, float]:
+    os.environ.update(RAY_worker_niceness="0", RAY_BACKEND_LOG_LEVEL="fatal")  # read by Ray when it is imported
     import ray
 
-    os.environ.update(RAY_worker_niceness="0")
     # One processor more than encoders: cluster.add_images leaves one for reading.
     ray.init("local", num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     say(f"{workers} of Ray: search")
