@@ -1,6 +1,6 @@
 """Several processes and a Ray cluster on this machine, with 1 and with 2 workers, and what that means for more.
 
-python benchmarks/scale.py                      # measures, then prints the model (a few minutes)
+python benchmarks/scale.py                      # measures, then prints the model (some minutes)
 python benchmarks/scale.py --measured FILE      # prints the model of an earlier run, which is kept in FILE
 python benchmarks/scale.py --docs docs/scale.md # and writes both there
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from shielded import LatentSpace, ProtectedSet, Spell, distributed
@@ -31,7 +32,7 @@ from shielded.models import GUIDANCE, load
 from shielded.protected import cluster, protected_set
 
 SPACES = {
-    "emoji": 1_024,
+    "emoji, 128 px": 1_024,
     "Stable Diffusion 1.5, 512 px": 16_384,
     "SDXL, 1,024 px": 65_536,
     "Stable Diffusion 3, FLUX.1, 1,024 px": 262_144,
@@ -39,8 +40,14 @@ SPACES = {
 }
 BATCH = 8  # images that search together
 FEW = 32  # images of the shorter of the two jobs that encode
+MOVED = 0.03  # how far x0 moves in a step, as a share of the way from one image to another
 BEGIN, END = "<!-- begin: benchmarks/scale.py -->\n", "<!-- end -->\n"  # in the page
-MACHINE = {"cores": 64, "memory": 512e9, "network": 1.25e9}  # assumed, bytes and bytes/s (10 Gbit/s)
+# Assumed: bytes, and bytes/s to and from memory and network (10 Gbit/s).
+MACHINE = {"cores": 64, "memory": 512e9, "bandwidth": 200e9, "network": 1.25e9}
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def median_seconds(job: Any, repeats: int = 7) -> float:
@@ -76,7 +83,7 @@ def one_process(out: Path, images: int, steps: int) -> None:
         generate(pipe, ["red heart"] * images, list(range(images)), spell, processes=device is not None, **options)
 
     share = distributed.Share.of(BATCH)
-    x0 = torch.zeros(share.size, SPACES["Stable Diffusion 1.5, 512 px"])
+    x0 = torch.zeros(share.size, 16_384)
     measured = {"seconds": median_seconds(made, 3), "gather": median_seconds(lambda: share.gather(x0))}
     if distributed.is_main():
         write_json(out, measured)
@@ -86,30 +93,50 @@ def one_process(out: Path, images: int, steps: int) -> None:
 # ---- search and encoding: Ray ----
 
 
-def random_set(folder: Path, rows: int, dim: int) -> ProtectedSet:
-    """Latents of the size of images', in as many files as two workers can share evenly."""
-    protected_set._SHARD_BYTES = rows * dim * 2 // 8
-    protected = ProtectedSet.create(folder, LatentSpace(shape=(4, dim // 4)), torch.float16)
-    generator = torch.Generator().manual_seed(0)
-    protected.add(torch.randn(rows, 4, dim // 4, generator=generator), list(range(rows)))
+def latents(count: int, side: int, seed: int) -> torch.Tensor:
+    """Noise of several sizes, one on the other: like latents of images, most of its energy is in low frequencies."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [min(side, 2**n) for n in range(1, 5)] + [side]
+    layers = [torch.randn(count, 4, n, n, generator=generator) for n in sizes]
+    z = sum(F.interpolate(layer, (side, side), mode="bilinear") for layer in layers)
+    return z / z.flatten(1).std(1).view(-1, 1, 1, 1)
+
+
+def large_set(folder: Path, rows: int, side: int) -> ProtectedSet:
+    """In eight files, which two workers can share evenly; with its indexes, which the first search makes."""
+    protected_set._SHARD_BYTES = rows * 4 * side * side * 2 // 8
+    protected = ProtectedSet.create(folder, LatentSpace(shape=(4, side, side)), torch.float16)
+    for first in range(0, rows, rows // 8):
+        count = min(rows // 8, rows - first)
+        protected.add(latents(count, side, first + 1), list(range(first, first + count)))
     return protected
 
 
-def on_ray(workers: int, stored: Path, alone: ProtectedSet, pictures: Path, images: int) -> dict[str, float]:
+def searches(protected: ProtectedSet, radius: float, side: int) -> dict[str, float]:
+    """Seconds of a search for images unlike all before, so that all codes are read, and of those a step later each."""
+    unlike = iter([latents(BATCH, side, -n) for n in range(1, 17)])
+    x, y = next(unlike), next(unlike)
+    steps = iter([x + MOVED * n * (y - x) for n in range(17)])
+    return {
+        "first": median_seconds(lambda: protected.within(next(unlike), radius)),
+        "later": median_seconds(lambda: protected.within(next(steps), radius), 15),
+    }
+
+
+def on_ray(workers: int, stored: Path, radius: float, side: int, pictures: Path, images: int) -> dict[str, float]:
+    os.environ.update(RAY_worker_niceness="0", RAY_BACKEND_LOG_LEVEL="fatal")  # read by Ray when it is imported
     import ray
 
-    os.environ.update(RAY_worker_niceness="0")
     # One processor more than encoders: cluster.add_images leaves one for reading.
-    ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    x = torch.randn(BATCH, *alone.space.shape, generator=torch.Generator().manual_seed(1))
-    radius = 0.5 * alone.nearest(x)[0].min().item()  # a blurred x0 finds more, and costs more
+    ray.init("local", num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    say(f"{workers} of Ray: search")
     manifest = protected_set.store.read_manifest(stored)
-    spread = cluster.ClusterSet(stored, manifest, alone.space, workers=workers)
-    measured = {
-        "search": median_seconds(lambda: spread.within(x, radius)),
-        "question": median_seconds(lambda: spread._ask("count")),
-    }
+    space = LatentSpace.from_json(manifest["space"])
+    spread = cluster.ClusterSet(stored, manifest, space, workers=workers)
+    measured = searches(spread, radius, side)
+    measured["question"] = median_seconds(lambda: spread._ask("count"), 101)
     # The difference of two jobs is without the time that workers take to load the model.
+    say(f"{workers} of Ray: encode {images} images")
     few, many = encoding(ray, pictures / "few"), encoding(ray, pictures)
     measured["encode"] = (many - few) / (images - FEW)
     ray.shutdown()
@@ -133,20 +160,25 @@ def noise_pictures(folder: Path, images: int) -> None:
         Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(place / f"{i:06d}.png")
 
 
-def measure(rows: int, dim: int, images: int, encoded: int, steps: int) -> dict[str, Any]:
-    measured: dict[str, Any] = {"rows": rows, "dim": dim, "batch": BATCH, "images": images, "steps": steps}
+def measure(rows: int, side: int, images: int, encoded: int, steps: int) -> dict[str, Any]:
+    measured: dict[str, Any] = {"rows": rows, "dim": 4 * side * side, "images": images, "steps": steps}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         stored, pictures = Path(folder, "set"), Path(folder, "pictures")
+        say(f"a set of {rows} images")
         noise_pictures(pictures, encoded)
-        alone = random_set(stored, rows, dim)
-        x = torch.randn(BATCH, *alone.space.shape, generator=torch.Generator().manual_seed(1))
-        radius = 0.5 * alone.nearest(x)[0].min().item()
-        measured["search alone"] = median_seconds(lambda: alone.within(x, radius))
+        alone = large_set(stored, rows, side)
+        # Just short of the nearest ones, where bounds have the most work and there is nothing to push.
+        radius = 0.9 * min(alone.nearest(latents(BATCH, side, -n))[0].min().item() for n in range(1, 4))
+        say("one process: search")
+        measured["alone"] = searches(alone, radius, side)
         for workers in (1, 2):
-            measured[f"ray {workers}"] = on_ray(workers, stored, alone, pictures, encoded)
-        measured["bytes per number"] = sum(f.stat().st_size for f in stored.iterdir()) / rows / dim
+            measured[f"ray {workers}"] = on_ray(workers, stored, radius, side, pictures, encoded)
+        for name, pattern in (("index", "*.index.safetensors"), ("set", "*")):
+            measured[f"{name} bytes"] = sum(file.stat().st_size for file in stored.glob(pattern))
+        assert measured["index bytes"], "too few rows for each worker: such sets are searched in another way"
     for workers in (1, 2):
+        say(f"{workers} of accelerate: generate")
         measured[f"processes {workers}"] = generation(workers, images, steps)
     return measured
 
@@ -166,40 +198,63 @@ def show(measured: dict[str, Any]) -> str:
         "|---" * 7 + "|",
     ]
     for name, kind, key in (
-        ("generate, one batch", processes, "seconds"),
-        ("search, one step", ray, "search"),
+        (f"generate, a batch of {m['images']} in {m['steps']} steps", processes, "seconds"),
+        ("search, first step", ray, "first"),
+        ("search, later step", ray, "later"),
         ("encode, one image", ray, "encode"),
     ):
         one, two = m[f"{kind} 1"][key], m[f"{kind} 2"][key]
         now, serial = efficiency(one, two)
         later = " | ".join(f"{1 / (1 + serial * (w - 1)):.0%}" for w in (8, 64))
         lines.append(f"| {name} | {1e3 * one:.1f} ms | {1e3 * two:.1f} ms | {now:.0%} | {serial:.0%} | {later} |")
-    question, gather = m["ray 2"]["question"], m["processes 2"]["gather"]
-    per_number = m["ray 1"]["search"] / m["rows"] / m["dim"]
+    rows, dim = m["rows"], m["dim"]
+    per_number, per_row = m["alone"]["first"] / rows / dim, m["alone"]["later"] / rows
+    question, gather = m["ray 2"]["question"] / 2, m["processes 2"]["gather"]
+    head = m["index bytes"] / rows - dim  # and the few other numbers of each row
+    kept = head + 4 * BATCH  # a float32 per row for each image is what a search remembers
+    more = (m["set bytes"] - m["index bytes"]) / rows - 2 * dim  # ids, digests, norms
     lines += [
         "",
-        f"Asking two actors and getting their answers takes {1e3 * question:.1f} ms; handing {m['batch']} latents of "
-        f"16,384 numbers around between two processes {1e3 * gather:.1f} ms. Searching takes "
-        f"{1e12 * per_number:.2f} ps of one core per stored number for {m['batch']} images "
-        f"({m['rows']:,} random rows of {m['dim']:,} numbers), and a set {m['bytes per number']:.2f} bytes per number.",
+        f"Measured with {rows:,} latents of {dim:,} numbers and {BATCH} images that search together, on one core: a "
+        f"first step, in which the codes of all rows are read, takes {1e12 * per_number:.0f} ps a stored number; a "
+        f"later one, in which x0 has moved by {MOVED:.0%} and what is remembered rules most rows out, "
+        f"{1e9 * per_row:.0f} ns a row. An answer of an actor takes {1e3 * question:.2f} ms, and handing {BATCH} "
+        f"latents of 16,384 numbers around between two processes {1e3 * gather:.1f} ms. A row takes 2 bytes a number "
+        f"and {more:.0f} more; its index 1 byte a number and {head:.0f} more.",
         "",
-        "| images | latents | disk | machines | network a step | time a step |",
-        "|---" * 6 + "|",
+        "| images | latents | disk | memory: codes | memory: heads | machines | network a step | first step | later |",
+        "|---" * 9 + "|",
     ]
     for count in (10**6, 10**8, 10**9):
         for name, dim in SPACES.items():
-            disk = count * dim * m["bytes per number"]
-            machines = max(1, int(np.ceil(disk / MACHINE["memory"])))
-            sent = m["batch"] * dim * 8
-            seconds = count * dim * per_number / (machines * MACHINE["cores"]) + question + sent / MACHINE["network"]
-            lines.append(f"| {count:,} | {name} | {bytes_(disk)} | {machines:,} | {bytes_(sent)} | {time_(seconds)} |")
+            disk, codes, heads = count * (3 * dim + more + head), count * (dim + kept), count * kept
+            machines = max(1, int(np.ceil(codes / MACHINE["memory"])))
+            cores = machines * MACHINE["cores"]
+            sent = BATCH * dim * 8 * machines
+            fixed = question * cores + sent / MACHINE["network"]
+            first = max(count * dim * per_number / cores, codes / machines / MACHINE["bandwidth"]) + fixed
+            later = max(count * per_row / cores, heads / machines / MACHINE["bandwidth"]) + fixed
+            cells = (
+                bytes_(disk),
+                bytes_(codes),
+                bytes_(heads),
+                f"{machines:,}",
+                bytes_(sent),
+                time_(first),
+                time_(later),
+            )
+            lines.append(f"| {count:,} | {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Assumed: machines of {MACHINE['cores']} cores as fast as this one's, {bytes_(MACHINE['memory'])} of memory "
-        f"and {bytes_(MACHINE['network'])}/s of network, as many as hold the whole set in memory; cores that do not "
-        "wait for each other's memory; work in proportion to rows and numbers, all workers done at the same time; "
-        f"{m['batch']} images a step, sent to every machine as float64; few hits. Efficiency at more workers is "
-        "Amdahl's law with the serial share seen at two.",
+        f"Assumed: machines with {MACHINE['cores']} cores as fast as this one's, an actor on each, "
+        f"{bytes_(MACHINE['memory'])} of memory at {bytes_(MACHINE['bandwidth'])}/s and a network of "
+        f"{bytes_(MACHINE['network'])}/s; as many machines as hold all codes in memory. x0 goes as float64 from the "
+        "process that asks to one machine after the other, and it hears one actor after the other. Work is in "
+        "proportion to rows and numbers in a first step and to rows in a later one, where heads have the same size in "
+        "every space; all actors are done at the same time. Hits are few: each costs a read of its row, and a blurred "
+        "x0 within the radius of very many costs far more than a first step. With less memory codes are read from "
+        "disk, which a first step waits for; heads alone are enough for later ones. Efficiency at more workers is "
+        "Amdahl's law, T(w) = T(1) (s + (1 − s)/w), with the serial share s seen at two.",
     ]
     return "\n".join(lines)
 
@@ -210,13 +265,13 @@ def bytes_(number: float) -> str:
 
 
 def time_(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:,.{0 if seconds >= 10 else 1}f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--dim", type=int, default=16384)
+    parser.add_argument("--rows", type=int, default=65536, help="of the set; with 20,000 or less there is no index")
+    parser.add_argument("--side", type=int, default=32, help="of its latents, which have four channels")
     parser.add_argument("--images", type=int, default=16, help="of the batch that is generated")
     parser.add_argument("--encoded", type=int, default=1024, help="images of the longer of the two jobs that encode")
     parser.add_argument("--steps", type=int, default=10)
@@ -232,7 +287,7 @@ def main() -> None:
     if arguments.measured and arguments.measured.exists():
         measured = json.loads(arguments.measured.read_text())
     else:
-        measured = measure(arguments.rows, arguments.dim, arguments.images, arguments.encoded, arguments.steps)
+        measured = measure(arguments.rows, arguments.side, arguments.images, arguments.encoded, arguments.steps)
         if arguments.measured:
             write_json(arguments.measured, measured)
     print(show(measured))

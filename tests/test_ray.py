@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def environment():
 @pytest.fixture(scope="module")
 def ray(environment):
     ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     started = Cluster(WORKERS)
     try:
         cluster.connect(started.address)
@@ -206,10 +208,32 @@ def test_spell_takes_it_like_any_set(spread, stored, x):
 
 
 def test_a_worker_that_is_killed_is_replaced(ray, stored, spread, x):
-    asked = [part.within.remote(x.double().numpy(), 9.0, None) for part in spread._parts]
-    ray[1].workers("_Shards")[0].kill()
-    assert sum(len(row) for _, row, _ in cluster._results(asked)) == len(stored.within(x, 9.0))
+    worker = psutil.Process(ray[0].get(spread._parts[0].__ray_call__.remote(lambda _: os.getpid())))
+    worker.suspend()  # so that it is killed before it has answered
+    try:
+        asked = [part.within.remote(x.double().numpy(), 9.0, None) for part in spread._parts]
+        assert ray[0].wait(asked, num_returns=len(asked), timeout=0.5)[1]
+    finally:
+        worker.kill()
+    assert sum(len(row) for _, row, _ in cluster._results(asked, spread._head)) == len(stored.within(x, 9.0))
     assert same_hits(spread.within(x, 9.0), stored.within(x, 9.0))
+
+
+def test_workers_that_are_always_killed_end_the_search(ray, tmp_path, monkeypatch):
+    """For example by the kernel, because their shards are too large for the machine."""
+    ProtectedSet.create(tmp_path, LatentSpace(shape=(4,))).add(torch.zeros(1, 4), ["a"])
+    monkeypatch.setattr(cluster, "_Shards", Deadly)
+    monkeypatch.setattr(cluster, "_RETRIES", 1)
+    with pytest.raises(RuntimeError, match="a worker of the Ray cluster failed"):
+        ProtectedSet.open(tmp_path, ray=ray[1].address)
+
+
+class Deadly:
+    def __init__(self, *arguments):
+        pass
+
+    def count(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ---- encoding ----
@@ -222,18 +246,22 @@ def png(seed):
     return file.getvalue()
 
 
+def write_tar(path, count):
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            data = png((ord(path.name[0]), i))
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """Two archives with a name in common, single files, one of them twice, and one that is broken."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name in ("a", "b"):
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for i in range(3):
-                data = png((ord(name), i))
-                member = tarfile.TarInfo(f"{i}.png")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        write_tar(folder / f"{name}.tar", 3)
     (folder / "broken.png").write_bytes(b"no picture")
     for name in ("c", "c-again"):
         (folder / f"{name}.png").write_bytes(png(0))
@@ -249,8 +277,21 @@ def content(protected):
     return list(zip(protected.ids, protected.sources, protected.sha256, strict=True))
 
 
-def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp_path):
-    # Who reads the pipe waits for somebody who writes into it: meanwhile it is killed, and an encoder with it.
+class KilledOnce(cluster._Encoder):
+    """The first batch of all is never finished."""
+
+    def __call__(self, table):
+        done = super().__call__(table)
+        if not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+
+def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp_path, monkeypatch):
+    # Who reads the pipe waits for somebody who writes into it: meanwhile it is killed. So is an encoder at its work.
+    monkeypatch.setattr(cluster, "_Encoder", KilledOnce)
+    KilledOnce.marker = tmp_path / "killed"
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     listed = tmp_path / "list"
@@ -260,7 +301,6 @@ def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp
     def feed():
         with pipe.open("wb"):  # opens when the reader does
             killed.extend(process for process in ray[1].workers("Map") if reads(process, pipe))
-            killed.extend(ray[1].workers("MapWorker(MapBatches(_Encoder")[:1])
             for process in killed:
                 process.kill()
             psutil.wait_procs(killed)
@@ -272,7 +312,8 @@ def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp
     protected = ProtectedSet.create(tmp_path / "spread", space)
     done = cluster.add_images(protected, paths, ray[1].address, "emoji", 5.0, batch_size=2, mirror=True, progress=False)
     feeder.join()
-    assert len(killed) == 2
+    assert len(killed) == 1
+    assert KilledOnce.marker.exists()
     regular = tmp_path / "regular"
     regular.mkdir()
     (regular / "pipe").write_bytes(png(1))
@@ -288,8 +329,6 @@ def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp
     assert torch.equal(protected.radii, alone.radii)
     difference = protected.vectors(range(16)) - alone.vectors(range(16))
     assert difference.abs().max() <= 1e-5 * alone.vectors(range(16)).abs().max()  # batches may be others
-    again = cluster.add_images(alone, str(pictures), ray[1].address, "emoji", mirror=True, progress=False)
-    assert (again.added, again.present) == (0, 8)
 
 
 def reads(process, file):
@@ -300,36 +339,64 @@ def reads(process, file):
     return False
 
 
-def test_without_its_head_it_says_so_and_goes_on_later(environment, pictures, tmp_path):
-    pytest.importorskip("ray")
+SEARCH = """
+import sys, torch
+from shielded import ProtectedSet
+protected = ProtectedSet.open(sys.argv[1], ray=sys.argv[2])
+x = torch.zeros(1, *protected.space.shape)
+print(len(protected.within(x, 100.0)), flush=True)
+while True:
+    protected.within(x, 100.0)
+"""
+PROTECT = """
+from shielded.cli import main
+from shielded.protected import ProtectedSet, images
+images._SAVE_SECONDS = 0
+add = ProtectedSet.add
+def add_and_tell(self, *arguments):
+    add(self, *arguments)
+    print(len(self), flush=True)
+ProtectedSet.add = add_and_tell
+main()
+"""
+
+
+def test_without_its_head_it_says_so_and_goes_on_later(ray, pictures, stored, tmp_path):
+    """Both an encoding and a searching job; the repeated one goes on with what was saved, on another cluster."""
     pipe, listed, out = tmp_path / "pipe", tmp_path / "list", tmp_path / "set"
     os.mkfifo(pipe)
-    listed.write_text(f"{pictures / 'a.tar'}\n{pipe}\n")
+    write_tar(tmp_path / "d.tar", 33)  # more than a batch, which comes back while the reader of the pipe waits
+    listed.write_text(f"{tmp_path / 'd.tar'}\n{pipe}\n")
     command = ["protect", f"@{listed}", "--out", str(out), "--json"]
-    first, job = Cluster(2), None
+    first, jobs = Cluster(2), []
+    too_long = threading.Timer(300, lambda: [job.kill() for job in jobs])
+    too_long.start()
     try:
-        job = subprocess.Popen(
-            [sys.executable, "-m", "shielded", *command, "--ray", first.address], stderr=subprocess.PIPE, text=True
-        )
-        with pipe.open("wb"):
-            first.kill()
-        stderr = job.communicate()[1]
+        for arguments in ([SEARCH, stored.path, first.address], [PROTECT, *command, "--ray", first.address]):
+            job = [sys.executable, "-c", *arguments]
+            jobs.append(subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        search, protect = jobs
+        assert int(search.stdout.readline()) == len(stored)
+        assert [protect.stdout.readline() for _ in range(33)] == [f"{n}\n" for n in range(1, 34)]
+        first.kill()
+        errors = [job.communicate()[1] for job in jobs]
     finally:
-        if job is not None:
+        too_long.cancel()
+        for job in jobs:
             job.kill()
         first.stop()
-    assert job.returncode == 1
-    assert "Error: the head of the Ray cluster" in stderr
+    assert "RuntimeError: the head of the Ray cluster" in errors[0]
+    assert "Error: the head of the Ray cluster" in errors[1]
+    assert [job.returncode for job in jobs] == [1, 1]
     kept = ProtectedSet.open(out)
     kept.verify()
-    done = len(kept)
-    assert done in (0, 3)
+    assert list(kept.ids) == [f"d/{i}" for i in range(33)]
     pipe.unlink()
     pipe.write_bytes(png(1))
-    finished = CliRunner().invoke(app, command)
+    finished = CliRunner().invoke(app, [*command, "--ray", ray[1].address])
     assert finished.exit_code == 0, finished.output
-    assert json.loads(finished.stdout)["added"] == 4 - done
-    assert list(ProtectedSet.open(out).ids) == ["a/0", "a/1", "a/2", "pipe"]
+    assert [json.loads(finished.stdout)[name] for name in ("added", "present")] == [1, 33]
+    assert list(ProtectedSet.open(out).ids) == [*(f"d/{i}" for i in range(33)), "pipe"]
     assert not (out / store.UNFINISHED).exists()
 
 
@@ -340,6 +407,11 @@ def test_without_ray_it_says_what_to_install(monkeypatch, stored, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RuntimeError, match=r"pip install 'shielded\[ray\]'"):
         ProtectedSet.open(stored.path, ray="auto")
+
+
+def test_an_address_of_another_kind(stored):
+    with pytest.raises(RuntimeError, match="give host:port"):
+        ProtectedSet.open(stored.path, ray="ray://127.0.0.1:10001")
 
 
 def test_an_address_where_nothing_answers(stored, monkeypatch):

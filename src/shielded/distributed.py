@@ -1,6 +1,7 @@
 """Many GPUs: the processes of `accelerate launch` share each batch, and come to the images that one process makes.
 
-    from shielded import Spell, distributed, generate
+    from shielded import distributed
+    from shielded.generate import generate
     device = distributed.join()                      # None without `accelerate launch`
     made = generate(pipe, prompts, seeds, spell, processes=device is not None)
 
@@ -18,6 +19,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,12 @@ from torch import Tensor
 from shielded.repair import Finished
 from shielded.spell import Spell
 
+# How long a process waits for the others: one may have images to sample again when the others have none. One that has
+# ended is not waited for.
+_WAIT = timedelta(hours=2)
+
+_joined = 0  # calls of `join` that are not ended
+
 
 def join(device: str | None = None) -> torch.device | None:
     """Joins the processes that `accelerate launch` or `torchrun` started.
@@ -41,26 +49,33 @@ def join(device: str | None = None) -> torch.device | None:
         The device of this process, or None if it was started alone.
 
     Raises:
-        RuntimeError: there are several processes, but accelerate is not installed.
+        RuntimeError: there are several processes, but accelerate is not installed, or they were left already.
     """
+    global _joined
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     try:
         from accelerate import PartialState
     except ImportError:
         raise RuntimeError("Several processes need accelerate: pip install 'shielded[accelerate]'.") from None
-    return PartialState(cpu=True if device == "cpu" else None).device
+    device = PartialState(cpu=True if device == "cpu" else None, timeout=_WAIT).device
+    if not dist.is_initialized():  # accelerate begins a group only once
+        raise RuntimeError("this process has left the others already; join them once, around everything they do.")
+    _joined += 1
+    return device
 
 
 def leave() -> None:
-    """Ends what `join` began."""
-    if dist.is_initialized():
+    """Ends what `join` began. Who has joined twice, leaves with the second call."""
+    global _joined
+    _joined = max(0, _joined - 1)
+    if dist.is_initialized() and not _joined:
         dist.destroy_process_group()
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and talks to the user."""
-    return _index() == 0
+    """Whether this process is the one that writes files and talks to the user, joined or not."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,13 @@ class Share:
         device = _device()
         mine = tensor.to(device).contiguous()
         parts = [torch.empty_like(mine) for _ in range(_processes())]
-        dist.all_gather(parts, mine)
+        try:
+            dist.all_gather(parts, mine)
+        except RuntimeError as error:  # of gloo; with NCCL, the launcher ends all of them
+            raise RuntimeError(
+                "another process has ended, and this one cannot go on without it; its own message says why. "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from error
         return torch.cat(parts)[: self.count].to(tensor.device)
 
     def take(self, tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import socket
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -37,6 +38,7 @@ from .sources import Paths
 
 _LOOK_SECONDS = 2.0  # between two looks at the head of the cluster
 _LOOKS = 3  # in vain, before it is given up
+_RETRIES = 3  # of a search whose worker died: one that kills every worker must not go on for ever
 _FILES = 64  # image files that a worker reads in one task
 _PIECE = 4096  # entries of a column that are asked for at once
 
@@ -48,7 +50,8 @@ def connect(address: str) -> Any:
     """Joins a cluster, unless this process has joined one already.
 
     Args:
-        address: host:port of its head, "auto" for the one on this machine, or "local" to start one for this process.
+        address: host:port of its head, "auto" for the one that this machine belongs to, or "local" to start one for
+            this process.
 
     Returns:
         The module `ray`.
@@ -56,7 +59,14 @@ def connect(address: str) -> Any:
     Raises:
         RuntimeError: Ray is not installed, or nothing answers there.
     """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is raised; Ray reads this when imported
+    if address.startswith("ray://"):
+        raise RuntimeError(
+            f"{address} is a client's address; give host:port, on a machine that belongs to the cluster."
+        )
+    # Ray reads these when imported. What matters is raised; and Ray ends a process that has missed the head for a
+    # minute without a word, which a long step between two searches can take: `_Head` shall be the one to say it.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "300")
     try:
         import ray
     except ImportError:
@@ -75,7 +85,7 @@ def connect(address: str) -> Any:
 
 
 def _answers(address: str) -> bool:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:
@@ -84,26 +94,39 @@ def _answers(address: str) -> bool:
 
 
 class _Head:
-    """Looks whether the head of the cluster is there: Ray waits for a minute and then ends the whole process."""
+    """Looks now and then whether the head of the cluster is there: Ray itself would wait, and then end the process."""
 
     def __init__(self, ray: Any) -> None:
+        self._ray = ray
         self._address = ray.get_runtime_context().gcs_address
         self._missed = 0
+        self._looked = time.monotonic()
 
     def look(self) -> None:
-        self._missed = 0 if _answers(self._address) else self._missed + 1
-        if self._missed >= _LOOKS:
+        """Raises when it has not been there for some looks."""
+        if self._missed < _LOOKS and time.monotonic() - self._looked >= _LOOK_SECONDS:
+            self._missed = 0 if _answers(self._address) else self._missed + 1
+            self._looked = time.monotonic()
+            if self._missed == _LOOKS:
+                self._ray.shutdown()  # so that the next `connect` joins the new one
+        if self._missed == _LOOKS:
             raise RuntimeError(
                 f"the head of the Ray cluster at {self._address} does not answer any more; what was saved is kept. "
                 "Start it again and repeat the command, which goes on from there."
             )
 
+    def require(self) -> None:
+        """Raises unless it is there."""
+        while not _answers(self._address):
+            time.sleep(_LOOK_SECONDS)
+            self.look()
 
-def _results(refs: list[Any]) -> list[Any]:
+
+def _results(refs: list[Any], head: _Head) -> list[Any]:
     """What the workers answer; their errors are raised as they would be here."""
     import ray
 
-    head = _Head(ray)
+    head.look()
     while ray.wait(refs, num_returns=len(refs), timeout=_LOOK_SECONDS)[1]:
         head.look()
     try:
@@ -111,6 +134,7 @@ def _results(refs: list[Any]) -> list[Any]:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
+        head.require()  # with which workers go
         raise RuntimeError(f"a worker of the Ray cluster failed: {error}") from None
 
 
@@ -227,6 +251,7 @@ def _encoded(
     workers = gpus or max(1, int(resources.get("CPU", 1)) - 1)
     data = ray.data.from_items(list(_tasks(paths)))
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)  # few images, no mistake
     data.context.enable_progress_bars = False
     data.context.execution_options.preserve_order = True
     # Half a processor: a reader waits most of the time, and Ray would make one operator of two with equal needs.
@@ -239,7 +264,9 @@ def _encoded(
         num_gpus=1 if gpus else 0,
         fn_constructor_kwargs={"model": model, "fingerprint": protected.space.fingerprint, "mirror": mirror},
     )
-    for table in _watched(ray, encoded.iter_batches(batch_size=None, batch_format="pyarrow")):
+    # `_watched` is ahead already; with prefetching, what is finished would wait here for what is not.
+    done = encoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for table in _watched(ray, done):
         yield from table.to_pylist()
 
 
@@ -432,15 +459,17 @@ class ClusterSet(ProtectedSet):
         gone, versions = store.read_removed(self.path, manifest["removed"])
         if version is not None:
             gone = np.append(gone[versions <= version], np.arange(self._rows_at(version), starts[-1]))
+        self._head = _Head(ray)
         # Memory is what they need; a processor of their own would keep other jobs off the cluster.
-        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(_Shards)
+        options = {"max_restarts": -1, "max_task_retries": _RETRIES, "scheduling_strategy": "SPREAD"}
+        actor = ray.remote(num_cpus=0, **options)(_Shards)
         folder = str(self.path.resolve())
         self._parts = []
         for low, high in pairwise(_cuts(starts, self._workers)):
             part = {**manifest, "shards": manifest["shards"][low:high], "removed": None}
             here = gone[(gone >= starts[low]) & (gone < starts[high])] - starts[low]
             self._parts.append(actor.remote(folder, part, here))
-        counts = _results([part.count.remote() for part in self._parts]) if self._parts else []
+        counts = self._ask("count")
         self._starts = np.cumsum([0, *counts])
         self.ids, self.sources, self.sha256 = (_Column(self, name) for name in ("ids", "sources", "sha256"))
 
@@ -468,14 +497,12 @@ class ClusterSet(ProtectedSet):
 
     def within(self, x0: Tensor, radius: float | Tensor | None = None, shrink: Tensor | None = None) -> Hits:
         """As of `ProtectedSet`."""
-        import ray
-
-        x = ray.put(x0.detach().cpu().double().numpy())
+        x = self._sent(x0)
         shrink = None if shrink is None else torch.as_tensor(shrink).detach().cpu().double().numpy()
         radii = self._radius_of_parts(radius, len(x0))
         asked = [part.within.remote(x, own, shrink) for part, own in zip(self._parts, radii, strict=True)]
         found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
-        for start, (query, row, distance) in zip(self._starts, _results(asked), strict=False):
+        for start, (query, row, distance) in zip(self._starts, _results(asked, self._head), strict=False):
             found.append((query, row + start, distance))
         query, row, distance = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.lexsort((row, query))
@@ -483,14 +510,12 @@ class ClusterSet(ProtectedSet):
 
     def nearest_rows(self, x0: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """As of `ProtectedSet`."""
-        import ray
-
         if not len(self):
             raise ValueError(f"The protected set at {self.path} is empty, so nothing is nearest; add references first.")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows of the set; got {k}.")
-        x = ray.put(x0.detach().cpu().double().numpy())
-        found = _results([part.nearest.remote(x, k) for part in self._parts])
+        x = self._sent(x0)
+        found = _results([part.nearest.remote(x, k) for part in self._parts], self._head)
         distances = np.hstack([distance for distance, _ in found])
         rows = np.hstack([row + start for start, (_, row) in zip(self._starts, found, strict=False)])
         order = np.lexsort((rows, distances), axis=1)[:, :k]
@@ -521,8 +546,19 @@ class ClusterSet(ProtectedSet):
             raise ValueError(f"radius must be one number, {(len(self),)} or {(batch, len(self))}; got {radius.shape}.")
         return [radius[..., low:high] if radius.ndim else float(radius) for low, high in pairwise(self._starts)]
 
+    def _sent(self, x0: Tensor) -> Any:
+        """The queries in the object store: each machine gets them once."""
+        import ray
+
+        self._head.look()  # without one, Ray would start a cluster of its own
+        try:
+            return ray.put(x0.detach().cpu().double().numpy())
+        except (ray.exceptions.RayError, OSError):
+            self._head.require()
+            raise
+
     def _ask(self, name: str) -> list[Any]:
-        return _results([getattr(part, name).remote() for part in self._parts])
+        return _results([getattr(part, name).remote() for part in self._parts], self._head) if self._parts else []
 
     def _ask_for(self, rows: np.ndarray, name: str, *args: Any) -> list[tuple[np.ndarray, Any]]:
         """(places in `rows`, answer) of each part that has some of them."""
@@ -534,7 +570,7 @@ class ClusterSet(ProtectedSet):
             getattr(self._parts[part[own[0]]], name).remote(rows[own] - self._starts[part[own[0]]], *args)
             for own in places
         ]
-        return list(zip(places, _results(asked), strict=True))
+        return list(zip(places, _results(asked, self._head), strict=True))
 
 
 class _Shards:
