@@ -158,6 +158,7 @@ def test_within_is_identical(spread, stored, x, kind):
     assert same_hits(spread.within(x, radius), expected)
     shrink = torch.tensor([0.0, 1.0, 10.0, 30.0, 1000.0])
     assert same_hits(spread.within(x, radius, shrink), stored.within(x, radius, shrink))
+    assert same_hits(spread.within(x, radius, shrink, nearest=3), stored.within(x, radius, shrink, nearest=3))
 
 
 @pytest.mark.parametrize("k", [1, 7, 342])

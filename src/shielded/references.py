@@ -104,13 +104,10 @@ class SetReferences:
 
     def _search(self, x0: Tensor, shrink: Tensor | None) -> Hits:
         x = x0.view(len(x0), *self._protected.space.shape)
-        if self._nearest is None:
-            found = self._protected.within(x, self._radius, shrink)
-            query, row, distance = found.query, found.row, found.distance
-        else:
-            distance, row = self._protected.nearest_rows(x, min(self._nearest, len(self._protected)))
-            query = torch.arange(len(x), device=x.device).repeat_interleave(row.shape[1])
-            distance, row = distance.flatten(), row.flatten()
+        # Which references are nearest does not depend on their radii, so those within the largest radius are asked for.
+        radius = self._radius if self._nearest is None else self._radius.max()
+        found = self._protected.within(x, radius, shrink, nearest=self._nearest)
+        query, row, distance = found.query, found.row, found.distance
         radius = self._radius.to(x0.device)
         radius = radius[row] if radius.dim() else radius.expand(len(row))
         if shrink is not None:

@@ -33,7 +33,7 @@ from ..latent_space import LatentSpace, to_pixels
 from . import images, sources, store
 from .images import MIRRORED, AddedImages
 from .protected_set import ProtectedSet
-from .search import Hits
+from .search import Hits, sorted_pairs
 from .sources import Paths
 
 _LOOK_SECONDS = 2.0  # between two looks at the head of the cluster
@@ -435,6 +435,7 @@ class ClusterSet(ProtectedSet):
         version: int | None = None,
         address: str = "auto",
         workers: int | None = None,
+        memory: int | None = None,
     ) -> None:
         """For `ProtectedSet.open`.
 
@@ -445,10 +446,11 @@ class ClusterSet(ProtectedSet):
             version: as in `ProtectedSet.open`.
             address: of the cluster; see `connect`.
             workers: how many actors share the shards; None: one for each processor of the cluster.
+            memory: bytes that the search of each may hold.
         """
         ray = connect(address)
         self._workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        super().__init__(path, manifest, space, version)
+        super().__init__(path, manifest, space, version, memory)
 
     def _load(self, manifest: store.Manifest, version: int | None = None) -> None:
         import ray
@@ -468,7 +470,7 @@ class ClusterSet(ProtectedSet):
         for low, high in pairwise(_cuts(starts, self._workers)):
             part = {**manifest, "shards": manifest["shards"][low:high], "removed": None}
             here = gone[(gone >= starts[low]) & (gone < starts[high])] - starts[low]
-            self._parts.append(actor.remote(folder, part, here))
+            self._parts.append(actor.remote(folder, part, here, self._memory))
         counts = self._ask("count")
         self._starts = np.cumsum([0, *counts])
         self.ids, self.sources, self.sha256 = (_Column(self, name) for name in ("ids", "sources", "sha256"))
@@ -495,18 +497,23 @@ class ClusterSet(ProtectedSet):
             vectors[places] = answer
         return torch.from_numpy(vectors).to(rows.device)
 
-    def within(self, x0: Tensor, radius: float | Tensor | None = None, shrink: Tensor | None = None) -> Hits:
+    def within(
+        self,
+        x0: Tensor,
+        radius: float | Tensor | None = None,
+        shrink: Tensor | None = None,
+        nearest: int | None = None,
+    ) -> Hits:
         """As of `ProtectedSet`."""
         x = self._sent(x0)
         shrink = None if shrink is None else torch.as_tensor(shrink).detach().cpu().double().numpy()
         radii = self._radius_of_parts(radius, len(x0))
-        asked = [part.within.remote(x, own, shrink) for part, own in zip(self._parts, radii, strict=True)]
+        asked = [part.within.remote(x, own, shrink, nearest) for part, own in zip(self._parts, radii, strict=True)]
         found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
         for start, (query, row, distance) in zip(self._starts, _results(asked, self._head), strict=False):
             found.append((query, row + start, distance))
-        query, row, distance = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = np.lexsort((row, query))
-        return Hits(*(_on(column[order], x0) for column in (query, row, distance)))
+        pairs = tuple(np.concatenate(column) for column in zip(*found, strict=True))
+        return Hits(*(_on(column, x0) for column in sorted_pairs(pairs, nearest)))
 
     def nearest_rows(self, x0: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """As of `ProtectedSet`."""
@@ -576,16 +583,16 @@ class ClusterSet(ProtectedSet):
 class _Shards:
     """The actor: some of the shards, as a set of their own."""
 
-    def __init__(self, path: str, manifest: store.Manifest, gone: np.ndarray) -> None:
-        self._arguments = Path(path), manifest, gone
+    def __init__(self, path: str, manifest: store.Manifest, gone: np.ndarray, memory: int) -> None:
+        self._arguments = Path(path), manifest, gone, memory
 
     @cached_property
     def _set(self) -> ProtectedSet:
-        path, manifest, gone = self._arguments
+        path, manifest, gone, memory = self._arguments
         with tempfile.TemporaryDirectory() as folder:
             entry = store.write_removed(Path(folder), 1, gone, np.zeros_like(gone))
             manifest = {**manifest, "removed": {**entry, "file": str(Path(folder, entry["file"]))}}
-            return ProtectedSet(path, manifest, LatentSpace.from_json(manifest["space"]))
+            return ProtectedSet(path, manifest, LatentSpace.from_json(manifest["space"]), memory=memory)
 
     def count(self) -> int:
         return len(self._set)
@@ -603,9 +610,11 @@ class _Shards:
         column = getattr(self._set, name)
         return [column[row] for row in rows.tolist()]
 
-    def within(self, x: np.ndarray, radius: Any, shrink: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    def within(
+        self, x: np.ndarray, radius: Any, shrink: np.ndarray | None, nearest: int | None
+    ) -> tuple[np.ndarray, ...]:
         radius = _tensor(radius) if isinstance(radius, np.ndarray) else radius
-        hits = self._set.within(_tensor(x), radius, None if shrink is None else _tensor(shrink))
+        hits = self._set.within(_tensor(x), radius, None if shrink is None else _tensor(shrink), nearest)
         return hits.query.numpy(), hits.row.numpy(), hits.distance.numpy()
 
     def nearest(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

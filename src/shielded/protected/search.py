@@ -252,13 +252,7 @@ class Search:
                 found = self._within_large(_float64(x), radius, shrink)
             else:
                 found = self._nearest_large(_float64(x), nearest, radius, shrink)
-        query, row, distance = _joined(found)
-        if nearest is not None:
-            order = np.lexsort((row, distance, query))
-            rank = np.arange(len(query)) - np.searchsorted(query[order], query[order])
-            query, row, distance = (part[order[rank < nearest]] for part in (query, row, distance))
-        order = np.lexsort((row, query))
-        return query[order], row[order], distance[order]
+        return sorted_pairs(_joined(found), nearest)
 
     def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows of each query, nearest first; equal distances in the order of the rows.
@@ -431,6 +425,17 @@ def _shrunk(radius: np.ndarray, shrink: np.ndarray | None) -> np.ndarray:
         return radius
     less = shrink.reshape(-1, *[1] * (radius.ndim - 1)) if np.ndim(shrink) else shrink
     return np.sqrt(np.maximum(np.square(radius) - less, 0))
+
+
+def sorted_pairs(pairs: Pairs, nearest: int | None = None) -> Pairs:
+    """By query, then by row; only the nearest ones of each query, if a number is given."""
+    query, row, distance = pairs
+    if nearest is not None:
+        order = np.lexsort((row, distance, query))
+        rank = np.arange(len(query)) - np.searchsorted(query[order], query[order])
+        query, row, distance = (part[order[rank < nearest]] for part in pairs)
+    order = np.lexsort((row, query))
+    return query[order], row[order], distance[order]
 
 
 def _joined(found: Iterable[Pairs]) -> Pairs:
