@@ -19,7 +19,7 @@ from shielded.files import replacing, write_json
 _COLUMNS = {
     "diversity": ["recall", "precision", "density", "coverage", "vendi", "similarity", "frechet", "caption"],
     "tradeoff": ["recall", "precision", "density", "coverage", "vendi", "frechet", "caption"],
-    "shielding": ["precision", "recall", "vendi", "frechet", "caption", "seconds"],
+    "shielding": ["precision", "recall", "vendi", "frechet", "caption"],
 }
 
 
