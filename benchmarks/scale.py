@@ -65,7 +65,7 @@ def median_seconds(job: Any, repeats: int = 7) -> float:
 
 def generation(workers: int, images: int, steps: int) -> dict[str, float]:
     """Seconds of one batch, and of handing x0 around at one step, with so many processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         command = [*launch, __file__, "--process", str(out), "--images", str(images), "--steps", str(steps)]
