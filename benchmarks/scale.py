@@ -65,7 +65,7 @@ def median_seconds(job: Any, repeats: int = 7) -> float:
 
 def generation(workers: int, images: int, steps: int) -> dict[str, float]:
     """Seconds of one batch, and of handing x0 around at one step, with so many processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--standalone"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         command = [*launch, __file__, "--process", str(out), "--images", str(images), "--steps", str(steps)]
@@ -204,6 +204,9 @@ def show(measured: dict[str, Any]) -> str:
         ("encode, one image", ray, "encode"),
     ):
         one, two = m[f"{kind} 1"][key], m[f"{kind} 2"][key]
+        if min(one, two) <= 0:
+            lines.append(f"| {name} |" + " too short to be measured |" * 6)
+            continue
         now, serial = efficiency(one, two)
         later = " | ".join(f"{1 / (1 + serial * (w - 1)):.0%}" for w in (8, 64))
         lines.append(f"| {name} | {1e3 * one:.1f} ms | {1e3 * two:.1f} ms | {now:.0%} | {serial:.0%} | {later} |")
@@ -233,7 +236,7 @@ def show(measured: dict[str, Any]) -> str:
             sent = BATCH * dim * 8 * machines
             fixed = question * cores + sent / MACHINE["network"]
             first = max(count * dim * per_number / cores, codes / machines / MACHINE["bandwidth"]) + fixed
-            later = max(count * per_row / cores, heads / machines / MACHINE["bandwidth"]) + fixed
+            later = min(first, max(count * per_row / cores, heads / machines / MACHINE["bandwidth"]) + fixed)
             cells = (
                 bytes_(disk),
                 bytes_(codes),

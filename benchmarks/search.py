@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ from shielded.calibration import Calibration
 from shielded.files import replacing
 from shielded.protected import search
 
-THREADS = 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 FLAT = 100_000  # rows up to which everything fits into memory as float32
 
 
