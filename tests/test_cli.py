@@ -247,13 +247,13 @@ def test_generate_without_a_set_pushes_early_unless_told_otherwise(tmp_path):
     result = runner.invoke(app, ["generate", "cat face", "-n", "2", "--steps", "4", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["window"], report["radius"]) == ([1.0, 0.8], 36.0)
+    assert (report["window"], report["radius"]) == ([1.0, 0.85], 44.0)
     assert report["min_pair_distance_with"] > report["min_pair_distance_without"]
     assert "--window-end 0 keeps the radius to the end" in result.stdout
     trace = list(csv.DictReader((tmp_path / "out" / "trace.csv").open()))
     levels = {float(row["noise_level"]) for row in trace if float(row["push"]) > 0}
     assert levels
-    assert min(levels) >= 0.8
+    assert min(levels) >= 0.85
 
 
 def test_guidance_and_posterior_radius_reach_the_run(protected, tmp_path):

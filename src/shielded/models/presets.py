@@ -11,8 +11,8 @@ EMOJI = Path(__file__).parent / "emoji"
 
 # Variety at the least cost in quality: `Spell(radius=VARIETY_RADIUS * dim**0.5, **VARIETY)` pushes hard, but only while
 # x0 is still a blurred mean. Measured on the embedded model (docs/reproduction.md). It keeps no distance to the end.
-VARIETY = {"window": (1.0, 0.8), "overcompensation": 5.0}
-VARIETY_RADIUS = 1.125  # per √dim
+VARIETY = {"window": (1.0, 0.85), "overcompensation": 5.0}
+VARIETY_RADIUS = 1.375  # per √dim
 
 PAPER = "paper: 200 for latents of 16×64×64"
 UNTESTED = "untested on real weights; the paper's for sd3"
