@@ -48,7 +48,7 @@ def generate(
     overcompensation: OwnStrength = None,
     window_end: Annotated[
         float | None,
-        typer.Option(metavar="T", min=0, max=0.99, help="Push at noise levels above T; default: 0, without a set 0.85."),
+        typer.Option(metavar="T", min=0, max=0.99, help="Push at noise levels above T; default 0, without a set 0.85."),
     ] = None,
     radius_schedule: Annotated[
         Literal["constant", "posterior"],
