@@ -615,11 +615,11 @@ def test_bad_usage_exits_with_2(arguments, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_failed_runs_say_why_in_a_sentence(tmp_path, monkeypatch):
+def test_what_is_not_there_is_said_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     assert run("--prompts", "empty.txt").exit_code == 2
     for arguments in (["--prompts", "nowhere.txt"], ["--protect", "nowhere"], ["--images", "nowhere", "--seeds", "0"]):
         result = run(*arguments)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "nowhere" in result.stderr

@@ -73,8 +73,8 @@ def test_files_that_are_no_pictures_are_skipped_and_named(folders, tmp_path):
     [
         (["-k", "0"], 2, ""),
         (["--nothing"], 2, ""),
-        (["-k", "9"], 1, "generated has 9 rows"),
-        (["--features", "magic"], 1, "use one of emoji"),
+        (["-k", "9"], 2, "too few for 9 neighbours"),
+        (["--features", "magic"], 2, "is not one of 'emoji'"),
     ],
 )
 def test_errors_are_one_sentence_with_an_exit_code(folders, more, code, message):
@@ -86,5 +86,5 @@ def test_errors_are_one_sentence_with_an_exit_code(folders, more, code, message)
 
 def test_a_missing_folder_is_an_error(folders, tmp_path):
     result = runner.invoke(app, ["evaluate", str(tmp_path / "nothing"), str(folders / "reference")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "nothing" in result.stderr

@@ -36,9 +36,7 @@ def generate(
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Number of images.")] = 4,
     radius: Annotated[
         float | None,
-        typer.Option(
-            metavar="R", callback=positive, help="L2 in the latent space; default: the set's, else the model's."
-        ),
+        typer.Option(metavar="R", callback=positive, help="L2 of latents; default: the set's, else the model's."),
     ] = None,
     seed: Seed = 0,
     steps: OwnSteps = None,
@@ -48,7 +46,7 @@ def generate(
     overcompensation: OwnStrength = None,
     window_end: Annotated[
         float | None,
-        typer.Option(metavar="T", min=0, max=0.99, help="Push at noise levels above T; default 0, without a set 0.85."),
+        typer.Option(metavar="T", min=0, max=0.99, help="Push above noise level T; default 0, without a set 0.85."),
     ] = None,
     radius_schedule: Annotated[
         Literal["constant", "posterior"],

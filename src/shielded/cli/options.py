@@ -67,7 +67,7 @@ OnLeak = Annotated[
     Literal["restart", "push", "refuse", "report"],
     typer.Option(
         metavar="HOW",
-        help="Image still inside: restart (sample again), push (move it out), refuse, report.",
+        help="If still inside: restart, push, refuse or report.",
     ),
 ]
 Attempts = Annotated[int, typer.Option(metavar="N", min=1, help="How often an image is sampled at most.")]

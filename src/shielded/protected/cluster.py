@@ -611,7 +611,7 @@ class _Shards:
         return [column[row] for row in rows.tolist()]
 
     def within(
-        self, x: np.ndarray, radius: Any, shrink: np.ndarray | None, nearest: int | None
+        self, x: np.ndarray, radius: Any, shrink: np.ndarray | None, nearest: int | None = None
     ) -> tuple[np.ndarray, ...]:
         radius = _tensor(radius) if isinstance(radius, np.ndarray) else radius
         hits = self._set.within(_tensor(x), radius, None if shrink is None else _tensor(shrink), nearest)
