@@ -252,12 +252,11 @@ def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int,
     print(f"a UNet step of {BATCH} images: {step:.1f} s", flush=True)
     results = []
     for count in counts:
+        before = private()
         protected = protected_set(folder, given, taesd, count)
         protected.nearest_rows(runs[0]["x0"][-1], 1)  # the index is made, or mapped
         # A tenth of other photos would lie within it.
         radius = float(protected.nearest(others[:100].float())[0].quantile(0.1))
-        gc.collect()
-        before = private()
         jobs = ours(protected, radius)
         true = {k: [timed(jobs[f"nearest {k}"], run)[1] for run in runs] for k in (1, 10)}
         memory = private() - before
