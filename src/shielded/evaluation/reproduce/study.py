@@ -94,8 +94,8 @@ class Study:
         pipe = load(self.model, self.device)
         if self.sampler is not None:
             pipe.scheduler = getattr(diffusers, self.sampler).from_config(pipe.scheduler.config)
-        for part in (getattr(pipe, "unet", None), pipe.vae):
-            if part is not None:
+        if self.model == "emoji":  # other pipelines may have other parts, or convolve in three dimensions
+            for part in (pipe.unet, pipe.vae):
                 part.to(memory_format=torch.channels_last)  # convolutions are faster so
         return pipe
 
