@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from shielded import LatentSpace, ProtectedSet, Spell, distributed
-from shielded.files import replacing, write_json
+from shielded.files import replace_section, write_json
 from shielded.generate import generate
 from shielded.models import GUIDANCE, load
 from shielded.protected import cluster, protected_set
@@ -41,7 +41,6 @@ SPACES = {
 BATCH = 8  # images that search together
 FEW = 32  # images of the shorter of the two jobs that encode
 MOVED = 0.03  # how far x0 moves in a step, as a share of the way from one image to another
-BEGIN, END = "<!-- begin: benchmarks/scale.py -->\n", "<!-- end -->\n"  # in the page
 # Assumed: bytes, and bytes/s to and from memory and network (10 Gbit/s).
 MACHINE = {"cores": 64, "memory": 512e9, "bandwidth": 200e9, "network": 1.25e9}
 
@@ -295,9 +294,7 @@ def main() -> None:
             write_json(arguments.measured, measured)
     print(show(measured))
     if arguments.docs:
-        before, _, rest = arguments.docs.read_text().partition(BEGIN)
-        with replacing(arguments.docs) as draft:
-            draft.write_text(f"{before}{BEGIN}{show(measured)}\n{END}{rest.partition(END)[2]}")
+        replace_section(arguments.docs, "scale", show(measured))
 
 
 if __name__ == "__main__":

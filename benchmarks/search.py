@@ -32,22 +32,17 @@ from search_data import (
     trajectories,
     windows,
 )
+from store import private
 from torch import Tensor
 from tqdm import tqdm
 
 from shielded import LatentSpace, ProtectedSet
 from shielded.calibration import Calibration
-from shielded.files import replacing
+from shielded.files import replace_section
 from shielded.protected import search
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 FLAT = 100_000  # rows up to which everything fits into memory as float32
-
-
-def private() -> float:
-    """GB of memory that belong to this process alone: what is mapped from files is not among it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024 / 1e9
 
 
 # ---- exact ----
@@ -116,16 +111,7 @@ def exact(folder: Path, given: Path, taesd: Path, count: int, out: Path | None) 
         lines.append(f"| {space} | {' | '.join(f'{number:,}' for number in numbers)} |")
         print(lines[-1], flush=True)
     if out is not None:
-        write_section(out, "exact", "\n".join(lines))
-
-
-def write_section(document: Path, name: str, text: str) -> None:
-    """Replaces what is between two comments of a Markdown file."""
-    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-    whole = document.read_text(encoding="utf-8")
-    before, rest = whole.split(begin)
-    with replacing(document) as draft:
-        draft.write_text(f"{before}{begin}{text}\n{rest[rest.index(end) :]}", encoding="utf-8")
+        replace_section(out, "exact", "\n".join(lines))
 
 
 # ---- speed ----
@@ -259,7 +245,7 @@ def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int,
         radius = float(protected.nearest(others[:100].float())[0].quantile(0.1))
         jobs = ours(protected, radius)
         true = {k: [timed(jobs[f"nearest {k}"], run)[1] for run in runs] for k in (1, 10)}
-        memory = private() - before
+        memory = (private() - before) * 2**20 / 1e9
         ivf = faiss_ivf(folder, protected)
         for k in (1, 10):
             jobs |= {f"FAISS IVF, nprobe {p}, k = {k}": faiss_search(ivf, k, p) for p in (1, 10)}
@@ -299,7 +285,7 @@ def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int,
         del ivf, jobs
         gc.collect()
     if out is not None:
-        write_section(out, "search", table(results, step, seeds))
+        replace_section(out, "search", table(results, step, seeds))
 
 
 def faiss_flat(protected: ProtectedSet) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -14,7 +13,7 @@ from shielded.evaluation.reproduce.measures import HEADINGS, flat
 from shielded.evaluation.reproduce.plots import plot
 from shielded.evaluation.reproduce.reference import Reference
 from shielded.evaluation.reproduce.study import Study
-from shielded.files import replacing, write_json
+from shielded.files import replace_section, replacing, write_json
 
 _COLUMNS = {
     "diversity": ["recall", "precision", "density", "coverage", "vendi", "similarity", "frechet", "caption"],
@@ -147,14 +146,7 @@ def write_section(document: Path, result: dict[str, Any]) -> None:
     Raises:
         ValueError: the document has no such section.
     """
-    begin, end = (f"<!-- {result['experiment']}:{mark} -->" for mark in ("begin", "end"))
-    text = document.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise ValueError(f"{document} has no section between {begin} and {end}.")
-    body = f"{begin}\n{markdown(result)}\n{end}"
-    with replacing(document) as draft:
-        found = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, count=1, flags=re.DOTALL)
-        draft.write_text(found, encoding="utf-8")
+    replace_section(document, result["experiment"], markdown(result))
 
 
 def page(result: dict[str, Any], pictures: Sequence[Path]) -> str:
