@@ -83,16 +83,16 @@ def large_set(folder: Path, given: Path, taesd: Path, rows: int, step: int = 819
     ends = counts.cumsum(0)
     total = 2 * int(ends[-1])
 
+    views = [part.unfold(2, SIDE, 1).unfold(3, SIDE, 1) for part in parts]
+
     def crop(numbers: Tensor) -> Tensor:
         result = torch.empty(len(numbers), 4, SIDE, SIDE)
         which = torch.searchsorted(ends, numbers // 2, right=True)
-        for n, (part, start) in enumerate(zip(parts, ends - counts, strict=True)):
+        for n, (view, start) in enumerate(zip(views, ends - counts, strict=True)):
             own = (which == n).nonzero().flatten()
-            across = part.shape[-1] - SIDE + 1
+            across = view.shape[2]
             place = numbers[own] // 2 - start
-            photo, top, left = place // across**2, place // across % across, place % across
-            for row, p, y, x in zip(own.tolist(), photo.tolist(), top.tolist(), left.tolist(), strict=True):
-                result[row] = part[p, :, y : y + SIDE, x : x + SIDE]
+            result[own] = view[place // across**2, :, place // across % across, place % across].float()
         mirrored = numbers % 2 == 1
         result[mirrored] = result[mirrored].flip(3)
         return result

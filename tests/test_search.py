@@ -16,6 +16,18 @@ def indexed(monkeypatch):
     monkeypatch.setattr(search, "SMALL", 0)
 
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.fixture(params=["index", "copy", pytest.param("cuda", marks=NO_CUDA)])
+def device(request, monkeypatch):
+    """Where queries are. A set has an index for them, or a copy of it lies where they are."""
+    monkeypatch.setattr(search, "SMALL", 0)
+    if request.param == "copy":
+        monkeypatch.setattr(search.Search, "_on_device", lambda *_: True)
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
 def brute_force(x, z):
     return np.stack([np.sqrt(np.square(z - row).sum(1)) for row in x.astype(np.float64)])
 
@@ -31,7 +43,7 @@ def trajectory(rng, z, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("shape", "scale"), [((4, 4, 4), 1.0), ((4, 16, 16), 1e-3), ((96,), 50.0)])
-def test_equal_to_brute_force_after_adds_and_removes(indexed, tmp_path, shape, scale, dtype):
+def test_equal_to_brute_force_after_adds_and_removes(device, tmp_path, shape, scale, dtype):
     rng = np.random.default_rng(7)
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape), dtype)
     for n, count in enumerate((2500, 1500, 40)):
@@ -43,12 +55,12 @@ def test_equal_to_brute_force_after_adds_and_removes(indexed, tmp_path, shape, s
         z = protected.vectors(range(len(protected))).double().flatten(1).numpy()
         radii = np.median(brute_force(z[:1], z)) * rng.uniform(0.5, 1.1, len(z))
         for step, x in enumerate(trajectory(rng, z, scale)):
-            exact, queries = brute_force(x, z), torch.from_numpy(x).unflatten(1, shape)
+            exact, queries = brute_force(x, z), torch.from_numpy(x).unflatten(1, shape).to(device)
             k = (1, 10)[step % 2]
             distances, rows = protected.nearest_rows(queries, k)
             order = np.argsort(exact, axis=1, kind="stable")[:, :k]
-            np.testing.assert_array_equal(rows, order)
-            np.testing.assert_allclose(distances, np.take_along_axis(exact, order, 1), rtol=1e-12, atol=1e-300)
+            np.testing.assert_array_equal(rows.cpu(), order)
+            np.testing.assert_allclose(distances.cpu(), np.take_along_axis(exact, order, 1), rtol=1e-12, atol=1e-300)
             tie = exact[0, order[0, -1]]  # d < r is strict: the row at the shell itself is no hit
             for radius in (float(np.quantile(exact, 0.02)), float(tie), torch.from_numpy(radii)):
                 if not torch.as_tensor(radius).all():
@@ -59,12 +71,12 @@ def test_equal_to_brute_force_after_adds_and_removes(indexed, tmp_path, shape, s
                     limit = np.sqrt(np.maximum(np.square(limit) - shrink[:, None], 0))
                 hits = protected.within(queries, radius, None if shrink is None else torch.from_numpy(shrink))
                 query, row = np.nonzero(exact < limit)
-                np.testing.assert_array_equal(hits.query, query)
-                np.testing.assert_array_equal(hits.row, row)
+                np.testing.assert_array_equal(hits.query.cpu(), query)
+                np.testing.assert_array_equal(hits.row.cpu(), row)
 
 
 @pytest.mark.parametrize("rows", ["equal", "far", "huge", "one large"])
-def test_adversarial_sets(indexed, tmp_path, rows):
+def test_adversarial_sets(device, tmp_path, rows):
     rng = np.random.default_rng(3)
     z = rng.standard_normal((600, 4, 4, 4))
     if rows == "equal":
@@ -80,14 +92,14 @@ def test_adversarial_sets(indexed, tmp_path, rows):
     z = protected.vectors(range(600)).double().flatten(1).numpy()
     for step in range(4):
         x = (z[:3] * (1 + 1e-3 * step)).astype(np.float32)
-        exact, queries = brute_force(x, z), torch.from_numpy(x).view(3, 4, 4, 4)
-        found = protected.nearest_rows(queries, 5)[1]
+        exact, queries = brute_force(x, z), torch.from_numpy(x).view(3, 4, 4, 4).to(device)
+        found = protected.nearest_rows(queries, 5)[1].cpu()
         np.testing.assert_array_equal(found, np.argsort(exact, axis=1, kind="stable")[:, :5])
         radius = float(np.median(exact)) or 1.0
         hits = protected.within(queries, radius)
         query, row = np.nonzero(exact < radius)
-        np.testing.assert_array_equal(hits.query, query)
-        np.testing.assert_array_equal(hits.row, row)
+        np.testing.assert_array_equal(hits.query.cpu(), query)
+        np.testing.assert_array_equal(hits.row.cpu(), row)
 
 
 def test_an_index_that_is_damaged_or_missing_is_made_anew(indexed, tmp_path):
@@ -120,7 +132,7 @@ def test_less_memory_takes_fewer_queries_at_a_time_and_finds_the_same(indexed, t
         ProtectedSet.open(tmp_path / "set", memory=0)
 
 
-def test_the_nearest_within_a_radius(indexed, tmp_path):
+def test_the_nearest_within_a_radius(device, tmp_path):
     rng = np.random.default_rng(6)
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
     protected.add(torch.from_numpy(rng.standard_normal((700, 4, 4, 4))), [str(i) for i in range(700)])
@@ -129,6 +141,6 @@ def test_the_nearest_within_a_radius(indexed, tmp_path):
     exact = brute_force(x, z)
     radius = float(np.quantile(exact, 0.01))
     for k in (1, 4):
-        hits = protected.within(torch.from_numpy(x).view(5, 4, 4, 4), radius, nearest=k)
+        hits = protected.within(torch.from_numpy(x).view(5, 4, 4, 4).to(device), radius, nearest=k)
         expected = [(i, row) for i in range(5) for row in sorted(np.argsort(exact[i])[:k]) if exact[i, row] < radius]
         assert list(zip(hits.query.tolist(), hits.row.tolist(), strict=True)) == expected

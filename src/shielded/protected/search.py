@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import index
+from .device import DeviceCopy
 from .index import Index, Projection
 from .neighbours import Pruned
 
@@ -245,7 +246,7 @@ class Search:
         found: Iterable[Pairs] = []
         if len(self) and len(x):
             if self._on_device(x):
-                found = [within_on_device(x, self._copy(x.device), _shrunk(radius, shrink))]
+                found = [self._copy(x.device).within(x, _on(x.device, radius, shrink), nearest)]
             elif self._is_small():
                 found = [within(_float64(x), *self._matrix, _shrunk(radius, shrink))]
             elif nearest is None:
@@ -265,7 +266,7 @@ class Search:
             Distances (B, k) and rows (B, k).
         """
         if self._on_device(x):
-            return nearest_on_device(x, self._copy(x.device), k)
+            return self._copy(x.device).nearest(x, k)
         if self._is_small():
             return nearest(_float64(x), *self._matrix, k)
         found = list(self._nearest_large(_float64(x), k))
@@ -383,17 +384,21 @@ class Search:
         return size <= 0.5 * torch.cuda.mem_get_info(x.device)[0]
 
     @cached_property
-    def _copies(self) -> dict[torch.device, Tensor]:
+    def _copies(self) -> dict[torch.device, DeviceCopy]:
         return {}
 
-    def _copy(self, device: torch.device) -> Tensor:
+    def _copy(self, device: torch.device) -> DeviceCopy:
         if device not in self._copies:
-            alive = self._vectors.alive
-            parts = [
-                torch.from_numpy(rows if alive is None else rows[alive[first : first + len(rows)]]).to(device)
-                for first, rows in self._vectors.parts()
-            ]
-            self._copies[device] = torch.cat(parts)
+            rows = self._vectors.parts()
+            dtype = torch.from_numpy(np.empty(0, rows[0][1].dtype)).dtype
+            latents = torch.empty(len(self), self._vectors.shape[1], dtype=dtype, device=device)
+            start = 0
+            for first, part in rows:
+                alive = None if self._vectors.alive is None else self._vectors.alive[first : first + len(part)]
+                there = torch.from_numpy(part.copy() if alive is None else part[alive])
+                latents[start : start + len(there)] = there
+                start += len(there)
+            self._copies[device] = DeviceCopy(latents)
         return self._copies[device]
 
 
@@ -427,6 +432,13 @@ def _shrunk(radius: np.ndarray, shrink: np.ndarray | None) -> np.ndarray:
     return np.sqrt(np.maximum(np.square(radius) - less, 0))
 
 
+def _on(device: torch.device, radius: np.ndarray, shrink: np.ndarray | None) -> Tensor:
+    """`_shrunk` radii on a device; what is the same for all queries or rows is there once."""
+    radius = radius[:1] if radius.strides[0] == 0 and shrink is None else radius
+    radius = radius[:, :1] if radius.strides[1] == 0 else radius
+    return torch.from_numpy(_shrunk(radius, shrink).copy()).to(device)
+
+
 def sorted_pairs(pairs: Pairs, nearest: int | None = None) -> Pairs:
     """By query, then by row; only the nearest ones of each query, if a number is given."""
     query, row, distance = pairs
@@ -447,60 +459,3 @@ def _joined(found: Iterable[Pairs]) -> Pairs:
 
 def _float64(x: Tensor) -> np.ndarray:
     return x.detach().cpu().double().numpy()
-
-
-# ---- on a device ----
-
-
-def within_on_device(x: Tensor, latents: Tensor, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Like `within`, with queries (B, dim) and references (K, dim) on one device."""
-    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
-    for first, references in _pieces(latents):
-        limit = torch.as_tensor(radius[:, first : first + len(references)].copy(), device=x.device)
-        query, row = (_rough(x, references) <= limit).nonzero(as_tuple=True)
-        distance = _exact(x, references, query, row)
-        inside = distance < limit[query, row]
-        found.append(tuple(map(_host, (query[inside], row[inside] + first, distance[inside]))))
-    query, row, distance = (np.concatenate(part) for part in zip(*found, strict=True))
-    return query, row, distance
-
-
-def nearest_on_device(x: Tensor, latents: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Like `nearest`, with queries (B, dim) and references (K, dim) on one device."""
-    distances, rows = np.empty((len(x), k)), np.empty((len(x), k), np.int64)
-    lower = torch.cat([_rough(x, references) for _, references in _pieces(latents)], dim=1)
-    for i in range(len(x)):
-        some = lower[i].topk(k, largest=False).indices
-        reach = _exact(x, latents, torch.full_like(some, i), some).max()
-        row = (lower[i] <= reach).nonzero().flatten()  # ascending, and the sort is stable
-        distance, order = _exact(x, latents, torch.full_like(row, i), row).sort(stable=True)
-        distances[i], rows[i] = _host(distance[:k]), _host(row[order[:k]])
-    return distances, rows
-
-
-def _pieces(latents: Tensor) -> Iterator[tuple[int, Tensor]]:
-    step = max(1, _WORKING_SET // latents.shape[1])
-    for first in range(0, len(latents), step):
-        yield first, latents[first : first + step]
-
-
-def _rough(x: Tensor, z: Tensor) -> Tensor:
-    """Lower bounds (B, K) of the distances, from float32 sums of squared differences."""
-    dim = x.shape[1]
-    rounded = x.float()
-    shift = (x.double() - rounded).norm(dim=1, keepdim=True)
-    distance = torch.cdist(rounded, z.float(), compute_mode="donot_use_mm_for_euclid_dist").double()
-    # Each of dim terms is off by a few units of 2^-24, and so is their sum by dim of them; squares may underflow.
-    lower = distance * (1 - (dim + 16) * 2.0**-24) - shift - 1e-18 * dim**0.5
-    return torch.where(lower.isfinite(), lower, 0)
-
-
-def _exact(x: Tensor, z: Tensor, query: Tensor, row: Tensor) -> Tensor:
-    """‖x[query] - z[row]‖ in float64, a bounded piece at a time."""
-    step = max(1, _WORKING_SET // x.shape[1])
-    parts = zip(query.split(step), row.split(step), strict=True)
-    return torch.cat([(x[q].double() - z[r].double()).norm(dim=1) for q, r in parts])
-
-
-def _host(values: Tensor) -> np.ndarray:
-    return values.cpu().numpy()
