@@ -4,7 +4,8 @@ python benchmarks/search.py exact --work DIR    # against brute force in float64
 python benchmarks/search.py speed --work DIR    # 10 k, 100 k and 1.2 M rows along a sampler's trajectories
 
 Both need photos and tiny autoencoders (`--photos`, `--taesd`; `search_data.py` says how sets are made of them) and keep
-what they make in DIR: 40 GB for 1.2 M rows. `speed` needs the extra `bench`, and an idle machine.
+what they make in DIR: 40 GB for 1.2 M rows. `speed` needs the extra `bench`, and an idle machine; with `--device cuda`
+queries, our search and brute force are on a GPU, and FAISS is on the CPU.
 """
 
 from __future__ import annotations
@@ -147,8 +148,8 @@ def ours(protected: ProtectedSet, radius: float) -> dict[str, Job]:
         return protected.within(x0, radius, calibration.posterior_variance(x0.flatten(1).square().sum(1), level))
 
     return {
-        "nearest 1": lambda x0, level: protected.nearest_rows(x0, 1)[1].numpy(),
-        "nearest 10": lambda x0, level: protected.nearest_rows(x0, 10)[1].numpy(),
+        "nearest 1": lambda x0, level: protected.nearest_rows(x0, 1)[1].cpu().numpy(),
+        "nearest 10": lambda x0, level: protected.nearest_rows(x0, 10)[1].cpu().numpy(),
         "SPELL-1": lambda x0, level: protected.within(x0, radius, nearest=1),
         "SPELL-10": lambda x0, level: protected.within(x0, radius, nearest=10),
         "posterior": posterior,
@@ -156,21 +157,23 @@ def ours(protected: ProtectedSet, radius: float) -> dict[str, Job]:
     }
 
 
-def brute_force(protected: ProtectedSet, k: int) -> Job:
-    """Float32 matrix products over all rows, as they are on disk."""
-    parts = [torch.from_numpy(rows) for _, rows in protected._vectors.parts()]
+def brute_force(protected: ProtectedSet, k: int, device: str) -> Job:
+    """Float32 matrix products over all rows, which stay in float16."""
+    parts = [torch.from_numpy(rows).to(device) for _, rows in protected._vectors.parts()]
     norms = [part.float().square().sum(1) for part in parts]
 
     def job(x0: Tensor, level: float) -> Any:
-        x, best, row, start = x0.flatten(1), torch.empty(len(x0), 0), torch.empty(len(x0), 0, dtype=torch.long), 0
+        x, start = x0.flatten(1), 0
+        best, row = x.new_empty(len(x), 0), x.new_empty(len(x), 0, dtype=torch.long)
         for part, squared in zip(parts, norms, strict=True):
             distance = squared - 2 * x @ part.float().T
             best = torch.cat([best, distance], dim=1)
-            row = torch.cat([row, torch.arange(start, start + len(part)).expand(len(x), -1)], dim=1)
+            numbers = torch.arange(start, start + len(part), device=x.device)
+            row = torch.cat([row, numbers.expand(len(x), -1)], dim=1)
             best, at = best.topk(k, largest=False)
             row = row.gather(1, at)
             start += len(part)
-        return row.numpy()
+        return row.cpu().numpy()
 
     return job
 
@@ -206,7 +209,7 @@ def faiss_search(index: Any, k: int, probes: int | None) -> Job:
     def job(x0: Tensor, level: float) -> Any:
         if probes is not None:
             index.nprobe = probes
-        return index.search(x0.flatten(1).numpy(), k)[1]
+        return index.search(x0.flatten(1).cpu().numpy(), k)[1]
 
     return job
 
@@ -218,31 +221,40 @@ def recall(found: list[np.ndarray], true: list[np.ndarray]) -> float:
     return float(np.mean(same))
 
 
-def unet_step() -> float:
-    """Seconds of one step of 8 images with guidance in a UNet of Stable Diffusion 1.5's size (860 M parameters)."""
+def unet_step(device: str) -> float:
+    """Seconds of one step of 8 images with guidance in a UNet of Stable Diffusion 1.5's size (860 M parameters).
+
+    On a GPU in float16, all images at once; on a CPU image by image.
+    """
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
-    latents, text = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
+    cuda = device != "cpu"
+    size, dtype = (BATCH, torch.float16) if cuda else (1, torch.float32)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval().to(device, dtype)
+    latents, text = (torch.randn(2 * size, *shape).to(device, dtype) for shape in ((4, 64, 64), (77, 768)))
+    taken = []
     with torch.no_grad():
-        unet(latents, 10, text)
-        start = time.perf_counter()
-        unet(latents, 10, text)
-    return BATCH * (time.perf_counter() - start)
+        for _ in range(4 if cuda else 2):
+            start = time.perf_counter()
+            unet(latents, 10, text)[0].sum().item()
+            taken.append(time.perf_counter() - start)
+    return BATCH / size * min(taken)
 
 
-def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int, out: Path | None) -> None:
+def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int, device: str, out: Path | None) -> None:
     others = held_out(real_latents(folder, given, taesd, "sd1", 256))
     runs = trajectories(others, seeds)
-    step = unet_step()
-    print(f"a UNet step of {BATCH} images: {step:.1f} s", flush=True)
+    for run in runs:
+        run["x0"] = [x0.to(device) for x0 in run["x0"]]
+    step = unet_step(device)
+    print(f"a UNet step of {BATCH} images: {step:.3f} s", flush=True)
     results = []
     for count in counts:
         before = private()
         protected = protected_set(folder, given, taesd, count)
-        protected.nearest_rows(runs[0]["x0"][-1], 1)  # the index is made, or mapped
+        protected.nearest_rows(runs[0]["x0"][-1], 1)  # the index is made, or mapped, or the copy is on the device
         # A tenth of other photos would lie within it.
-        radius = float(protected.nearest(others[:100].float())[0].quantile(0.1))
+        radius = float(protected.nearest(others[:100].float().to(device))[0].quantile(0.1))
         jobs = ours(protected, radius)
         true = {k: [timed(jobs[f"nearest {k}"], run)[1] for run in runs] for k in (1, 10)}
         memory = (private() - before) * 2**20 / 1e9
@@ -252,7 +264,9 @@ def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int,
         if count <= FLAT:
             flat = faiss_flat(protected)
             jobs |= {f"FAISS flat, k = {k}": faiss_search(flat, k, None) for k in (1, 10)}
-            jobs["torch brute force, k = 10"] = brute_force(protected, 10)
+        whole = count <= FLAT or device != "cpu"
+        if whole:
+            jobs["torch brute force, k = 10"] = brute_force(protected, 10, device)
         seconds: dict[str, list[float]] = {name: [] for name in jobs}
         found: dict[str, list[float]] = {}
         for run, nearest_1, nearest_10 in zip(runs, true[1], true[10], strict=True):  # all of them, one after another
@@ -262,9 +276,9 @@ def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int,
                 if name.startswith(("FAISS", "torch")):
                     right = nearest_1 if name.endswith("k = 1") else nearest_10
                     found.setdefault(name, []).append(recall(answers, right))
-        if count > FLAT:
+        if not whole:
             # Each step costs the same; 30 of them would take minutes.
-            job, (x0, level) = brute_force(protected, 10), (runs[0]["x0"][0], runs[0]["levels"][0])
+            job, (x0, level) = brute_force(protected, 10, device), (runs[0]["x0"][0], runs[0]["levels"][0])
             start = time.perf_counter()
             job(x0, level)
             seconds["torch brute force, k = 10"] = [STEPS * (time.perf_counter() - start)]
@@ -282,10 +296,10 @@ def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int,
             }
             results.append(row)
             print(row, flush=True)
-        del ivf, jobs
+        del ivf, jobs, protected
         gc.collect()
     if out is not None:
-        replace_section(out, "search", table(results, step, seeds))
+        replace_section(out, "search" if device == "cpu" else "search-device", table(results, step, seeds, device))
 
 
 def faiss_flat(protected: ProtectedSet) -> Any:
@@ -297,7 +311,7 @@ def faiss_flat(protected: ProtectedSet) -> Any:
     return index
 
 
-def table(results: list[dict[str, Any]], step: float, seeds: int) -> str:
+def table(results: list[dict[str, Any]], step: float, seeds: int, device: str) -> str:
     counts = list(dict.fromkeys(row["rows"] for row in results))
     lines = [f"| search | {' | '.join(f'{count:,} rows' for count in counts)} | recall | share of a UNet step |"]
     lines.append("|---" * (len(counts) + 3) + "|")
@@ -314,9 +328,14 @@ def table(results: list[dict[str, Any]], step: float, seeds: int) -> str:
         f"\nSeconds of a trajectory, median (least–most) of {seeds}; recall and the share of the largest set. Radius "
         + ", ".join(f"{next(r['radius'] for r in results if r['rows'] == c):.1f} ({c:,} rows)" for c in counts)
         + f". Private memory of the search at most {most:.2f} GB. A step of {BATCH} images with guidance in a UNet of "
-        f"Stable Diffusion 1.5's size takes {step:.1f} s here, on {THREADS} cores.\n"
+        f"Stable Diffusion 1.5's size takes {step:.2g} s here, on {machine(device)}.\n"
     )
     return "\n".join(lines)
+
+
+def machine(device: str) -> str:
+    cores = f"{THREADS} cores"
+    return cores if device == "cpu" else f"one {torch.cuda.get_device_name(device)}, in float16; FAISS on {cores}"
 
 
 def main() -> None:
@@ -328,6 +347,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=10_000, help="of each space, for exact")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_200_000], help="for speed")
     parser.add_argument("--trajectories", type=int, default=3, help="for speed")
+    parser.add_argument("--device", default="cpu", help="of the queries, for speed")
     parser.add_argument("--out", type=Path, help="a Markdown file in which the table is renewed")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -335,7 +355,7 @@ def main() -> None:
     if args.what == "exact":
         exact(args.work, args.photos, args.taesd, args.queries, args.out)
     else:
-        speed(args.work, args.photos, args.taesd, args.rows, args.trajectories, args.out)
+        speed(args.work, args.photos, args.taesd, args.rows, args.trajectories, args.device, args.out)
 
 
 if __name__ == "__main__":

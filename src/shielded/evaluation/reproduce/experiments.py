@@ -50,13 +50,13 @@ def radii(study: Study, radius: float | None = None) -> tuple[float, float]:
 
 # Strengths swept by `tradeoff`; radii are multiples of the model's own.
 SWEEPS: dict[str, Callable[[float, float], list[Setting]]] = {
-    "spell": lambda _, r: [best(round(f * r, 3)) for f in (0.4, 0.6, 1)],
-    "spell-paper": lambda r, _: [paper(round(f * r, 3)) for f in (0.6, 1)],
-    "particle": lambda *_: [Setting("Particle Guidance", "particle", s) for s in (20.0, 80.0)],
-    "cads": lambda *_: [Setting("CADS", "cads", s) for s in (0.5, 2.0)],
-    "interval": lambda *_: [Setting("Interval Guidance", "interval", s) for s in (0.4, 0.8)],
-    "sgf": lambda *_: [Setting("SGF kernel, early", "sgf", s) for s in (8.0, 32.0)],
-    "noise": lambda *_: [Setting("farthest initial noise", "noise", s) for s in (3.0,)],
+    "spell": lambda _, r: [best(round(f * r, 3)) for f in (0.4, 0.6, 0.8, 1, 1.25, 1.5)],
+    "spell-paper": lambda r, _: [paper(round(f * r, 3)) for f in (0.2, 0.3, 0.4, 0.6, 1)],
+    "particle": lambda *_: [Setting("Particle Guidance", "particle", s) for s in (5.0, 10.0, 20.0, 40.0, 80.0)],
+    "cads": lambda *_: [Setting("CADS", "cads", s) for s in (0.5, 1.0, 2.0, 4.0, 8.0)],
+    "interval": lambda *_: [Setting("Interval Guidance", "interval", s) for s in (0.2, 0.4, 0.6, 0.8, 1.0)],
+    "sgf": lambda *_: [Setting("SGF kernel, early", "sgf", s) for s in (4.0, 8.0, 16.0, 32.0, 64.0)],
+    "noise": lambda *_: [Setting("farthest initial noise", "noise", s) for s in (1.0, 3.0, 15.0)],
 }
 
 
