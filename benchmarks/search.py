@@ -11,11 +11,12 @@ queries, our search and brute force are on a GPU, and FAISS is on the CPU.
 from __future__ import annotations
 
 import argparse
-import gc
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -242,64 +243,74 @@ def unet_step(device: str) -> float:
 
 
 def speed(folder: Path, given: Path, taesd: Path, counts: list[int], seeds: int, device: str, out: Path | None) -> None:
-    others = held_out(real_latents(folder, given, taesd, "sd1", 256))
-    runs = trajectories(others, seeds)
-    for run in runs:
-        run["x0"] = [x0.to(device) for x0 in run["x0"]]
     step = unet_step(device)
     print(f"a UNet step of {BATCH} images: {step:.3f} s", flush=True)
     results = []
     for count in counts:
-        before = private()
-        protected = protected_set(folder, given, taesd, count)
-        protected.nearest_rows(runs[0]["x0"][-1], 1)  # the index is made, or mapped, or the copy is on the device
-        # A tenth of other photos would lie within it.
-        radius = float(protected.nearest(others[:100].float().to(device))[0].quantile(0.1))
-        jobs = ours(protected, radius)
-        true = {k: [timed(jobs[f"nearest {k}"], run)[1] for run in runs] for k in (1, 10)}
-        memory = (private() - before) * 2**20 / 1e9
-        ivf = faiss_ivf(folder, protected)
-        for k in (1, 10):
-            jobs |= {f"FAISS IVF, nprobe {p}, k = {k}": faiss_search(ivf, k, p) for p in (1, 10)}
-        if count <= FLAT:
-            flat = faiss_flat(protected)
-            jobs |= {f"FAISS flat, k = {k}": faiss_search(flat, k, None) for k in (1, 10)}
-        whole = count <= FLAT or device != "cpu"
-        if whole:
-            jobs["torch brute force, k = 10"] = brute_force(protected, 10, device)
-        seconds: dict[str, list[float]] = {name: [] for name in jobs}
-        found: dict[str, list[float]] = {}
-        for run, nearest_1, nearest_10 in zip(runs, true[1], true[10], strict=True):  # all of them, one after another
-            for name, job in jobs.items():
-                taken, answers = timed(job, run)
-                seconds[name].append(taken)
-                if name.startswith(("FAISS", "torch")):
-                    right = nearest_1 if name.endswith("k = 1") else nearest_10
-                    found.setdefault(name, []).append(recall(answers, right))
-        if not whole:
-            # Each step costs the same; 30 of them would take minutes.
-            job, (x0, level) = brute_force(protected, 10, device), (runs[0]["x0"][0], runs[0]["levels"][0])
-            start = time.perf_counter()
-            job(x0, level)
-            seconds["torch brute force, k = 10"] = [STEPS * (time.perf_counter() - start)]
-        for name, taken in seconds.items():
-            row = {
-                "rows": count,
-                "search": name,
-                "seconds": statistics.median(taken),
-                "least": min(taken),
-                "most": max(taken),
-                "recall": float(np.mean(found[name])) if name in found else 1.0,
-                "share": statistics.median(taken) / STEPS / step,
-                "memory": memory,
-                "radius": radius,
-            }
-            results.append(row)
-            print(row, flush=True)
-        del ivf, jobs, protected
-        gc.collect()
+        # A process of its own, so that its memory is that of this set alone.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            results += pool.submit(measure, folder, given, taesd, count, seeds, device, step).result()
     if out is not None:
         replace_section(out, "search" if device == "cpu" else "search-device", table(results, step, seeds, device))
+
+
+def measure(
+    folder: Path, given: Path, taesd: Path, count: int, seeds: int, device: str, step: float
+) -> list[dict[str, Any]]:
+    """Our searches on all trajectories, then the others: their indexes and ours do not fit into memory together."""
+    torch.set_num_threads(THREADS)
+    others = held_out(real_latents(folder, given, taesd, "sd1", 256))
+    runs = trajectories(others, seeds)
+    for run in runs:
+        run["x0"] = [x0.to(device) for x0 in run["x0"]]
+    protected = protected_set(folder, given, taesd, count)
+    before = private()
+    protected.nearest_rows(runs[0]["x0"][-1], 1)  # the index is made, or mapped, or the copy is on the device
+    # A tenth of other photos would lie within it.
+    radius = float(protected.nearest(others[:100].float().to(device))[0].quantile(0.1))
+    jobs = ours(protected, radius)
+    true = {k: [timed(jobs[f"nearest {k}"], run)[1] for run in runs] for k in (1, 10)}
+    seconds = {name: [timed(job, run)[0] for run in runs] for name, job in jobs.items()}
+    memory = (private() - before) * 2**20 / 1e9
+    found: dict[str, float] = {}
+
+    def compare(name: str, job: Job, k: int) -> None:
+        pairs = [timed(job, run) for run in runs]
+        seconds[name] = [taken for taken, _ in pairs]
+        found[name] = float(np.mean([recall(a, t) for (_, a), t in zip(pairs, true[k], strict=True)]))
+
+    index = faiss_ivf(folder, protected)
+    for k in (1, 10):
+        for probes in (1, 10):
+            compare(f"FAISS IVF, nprobe {probes}, k = {k}", faiss_search(index, k, probes), k)
+    del index
+    if count <= FLAT:
+        index = faiss_flat(protected)
+        for k in (1, 10):
+            compare(f"FAISS flat, k = {k}", faiss_search(index, k, None), k)
+    name, job = "torch brute force, k = 10", brute_force(protected, 10, device)
+    if count <= FLAT or device != "cpu":
+        compare(name, job, 10)
+    else:  # each step costs the same; 30 of them would take minutes
+        short = {key: values[:1] for key, values in runs[0].items()}
+        timed(job, short)
+        seconds[name] = [STEPS * timed(job, short)[0]]
+    rows = [
+        {
+            "rows": count,
+            "search": name,
+            "seconds": statistics.median(taken),
+            "least": min(taken),
+            "most": max(taken),
+            "recall": found.get(name, 1.0),
+            "share": statistics.median(taken) / STEPS / step,
+            "memory": memory,
+            "radius": radius,
+        }
+        for name, taken in seconds.items()
+    ]
+    print(*rows, sep="\n", flush=True)
+    return rows
 
 
 def faiss_flat(protected: ProtectedSet) -> Any:
