@@ -75,7 +75,7 @@ def test_equal_to_brute_force_after_adds_and_removes(device, tmp_path, shape, sc
                 np.testing.assert_array_equal(hits.row.cpu(), row)
 
 
-@pytest.mark.parametrize("rows", ["equal", "far", "huge", "one large"])
+@pytest.mark.parametrize("rows", ["equal", "far", "huge", "tiny", "one large"])
 def test_adversarial_sets(device, tmp_path, rows):
     rng = np.random.default_rng(3)
     z = rng.standard_normal((600, 4, 4, 4))
@@ -85,6 +85,8 @@ def test_adversarial_sets(device, tmp_path, rows):
         z = 1000 + 1e-2 * z
     elif rows == "huge":
         z *= 1e17
+    elif rows == "tiny":  # float32 has no room for products
+        z *= 1e-21
     else:
         z[5] *= 1e6
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))

@@ -35,7 +35,7 @@ class DeviceCopy:
         step = max(1, _NUMBERS // max(1, latents.shape[1]))
         self._squared = torch.cat([part.double().square().sum(1) for part in latents.split(step)])
 
-    def within(self, x: Tensor, limit: Tensor, nearest: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def within(self, x: Tensor, limit: Tensor, nearest: int | None) -> Iterator[tuple[np.ndarray, ...]]:
         """All pairs of a query and a row with distance < limit; only the `nearest` ones of each query, if given.
 
         Args:
@@ -43,10 +43,9 @@ class DeviceCopy:
             limit: float64 of a shape that broadcasts to (B, K), on the device.
             nearest: how many of each query; None: all.
 
-        Returns:
-            Query, row and distance of each pair.
+        Yields:
+            Query, row and distance of the pairs of some queries.
         """
-        found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
         for first, queries in self._batches(x):
             own = limit if len(limit) == 1 else limit[first : first + len(queries)]
             lower = self._lower(queries)
@@ -61,8 +60,7 @@ class DeviceCopy:
                 distance, row = self._closest(queries, lower, min(nearest, lower.shape[1]), own)
                 query = torch.arange(len(queries), device=x.device)[:, None].expand(row.shape)
                 inside = distance.isfinite()
-            found.append(tuple(_host(part[inside]) for part in (query + first, row, distance)))
-        return tuple(np.concatenate(part) for part in zip(*found, strict=True))
+            yield tuple(_host(part[inside]) for part in (query + first, row, distance))
 
     def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Distances and rows (B, k), nearest first; equal distances in the order of the rows."""
@@ -78,30 +76,28 @@ class DeviceCopy:
 
     def _lower(self, x: Tensor) -> Tensor:
         """(B, K) float64 lower bounds of the squared distances, not below 0."""
-        length = x.norm(dim=1, keepdim=True)
-        product, off = self._product(x)
-        away = self._squared.sqrt()
-        # The last factor: sums and products in float64.
-        slack = 2 * off * away + 1e-12 * (length + away).square()
+        length, away = x.norm(dim=1, keepdim=True), self._squared.sqrt()
+        product, off = self._product(x, length)
+        # The further terms: sums and products in float64, and float32 underflow.
+        slack = 2 * off * away + 1e-12 * (length + away).square() + x.shape[1] * 2.0**-124
         lower = (length.square() + self._squared - 2 * product - slack).clamp_min_(0)
         return lower.nan_to_num_(0, posinf=0)  # something overflowed: no bound
 
-    def _product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _product(self, x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """x·z, (B, K), and (B, 1) by how much it may be off for each ‖z‖."""
         z, dim = self._latents, self._latents.shape[1]
-        length = x.norm(dim=1, keepdim=True)
+        rounding = (dim + 16) * _ADDITION
         if z.dtype == torch.float16 and z.is_cuda and _mixed_products():
             most = x.abs().amax(1, keepdim=True)
             scale = _HALF / torch.where(most > 0, most, 1.0)
             short = (x * scale).half()
             product = torch.mm(short, z.t(), out_dtype=torch.float32)
-            off = (short.double() / scale - x).norm(dim=1, keepdim=True) + (dim + 16) * _ADDITION * length * 1.01
-            return product.double() / scale, off
-        short = x.float()
-        step = max(1, _NUMBERS // dim)
-        product = torch.cat([short @ part.float().t() for part in z.split(step)], dim=1)
-        off = (short.double() - x).norm(dim=1, keepdim=True) + ((dim + 16) * _ADDITION + _TF32) * length * 1.01
-        return product.double(), off + 1e-36 * dim  # float32 underflows
+        else:
+            scale, short, rounding = 1.0, x.float(), rounding + _TF32
+            parts = z.split(max(1, _NUMBERS // dim))
+            product = torch.cat([short @ part.float().t() for part in parts], dim=1)
+        off = (short.double() / scale - x).norm(dim=1, keepdim=True) + 1.01 * rounding * length
+        return product.double() / scale, off
 
     def _closest(self, x: Tensor, lower: Tensor, k: int, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Distances and rows (B, k) of the nearest with distance < limit; infinite distances where there are fewer.

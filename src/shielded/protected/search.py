@@ -246,7 +246,7 @@ class Search:
         found: Iterable[Pairs] = []
         if len(self) and len(x):
             if self._on_device(x):
-                found = [self._copy(x.device).within(x, _on(x.device, radius, shrink), nearest)]
+                found = self._copy(x.device).within(x, _on(x.device, radius, shrink), nearest)
             elif self._is_small():
                 found = [within(_float64(x), *self._matrix, _shrunk(radius, shrink))]
             elif nearest is None:
