@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-FORMAT = "shielded-index-1"
+FORMAT = "shielded-index-2"
 CELL = 2048  # rows that are ruled out or looked at more closely together, at most
-_HEAD = 128  # numbers in the head of a row, about
+_HEAD = 128  # numbers in the head of a row, at most, if there are no more channels than that
 _PIECE = 1 << 22  # numbers in the float64 arrays of `build`
 
 
@@ -44,24 +44,31 @@ class Projection:
         self._shape = shape
         self._first = min(1, len(shape) - 1)
         axes = shape[self._first :]
-        share = (_HEAD / np.prod(shape, dtype=float)) ** (1 / len(axes))
-        self._waves = [_cosines(n, min(n, max(1, round(n * share)))) for n in axes]
+        channels = int(np.prod(shape[: self._first]))
+        frequency = sum(np.ix_(*(np.arange(n) / n for n in axes)))
+        lowest = np.argsort(frequency, axis=None, kind="stable")[: max(1, _HEAD // channels)]
+        used = [1 + int(place.max()) for place in np.unravel_index(lowest, axes)]
+        self._waves = [_cosines(n, count) for n, count in zip(axes, used, strict=True)]
+        self._lowest = np.ravel_multi_index(np.unravel_index(lowest, axes), used)
         self.dim = int(np.prod(shape))
-        self.size = int(np.prod(shape[: self._first])) * int(np.prod([len(wave) for wave in self._waves]))
+        self.size = channels * len(lowest)
 
     def down(self, x: np.ndarray) -> np.ndarray:
         """Px, (B, dim) to (B, size), in float64."""
         x = x.reshape(len(x), *self._shape)
         for axis, wave in enumerate(self._waves, 1 + self._first):
             x = np.moveaxis(np.tensordot(x, wave, (axis, 1)), -1, axis)
-        return x.reshape(len(x), self.size)
+        return x.reshape(*x.shape[: 1 + self._first], -1)[..., self._lowest].reshape(len(x), self.size)
 
     def up(self, u: np.ndarray) -> np.ndarray:
         """Pᵀu, (B, size) to (B, dim), in float64."""
-        u = u.reshape(len(u), *self._shape[: self._first], *(len(wave) for wave in self._waves))
+        used = [len(wave) for wave in self._waves]
+        x = np.zeros((len(u), *self._shape[: self._first], int(np.prod(used))))
+        x[..., self._lowest] = u.reshape(*x.shape[:-1], -1)
+        x = x.reshape(*x.shape[:-1], *used)
         for axis, wave in enumerate(self._waves, 1 + self._first):
-            u = np.moveaxis(np.tensordot(u, wave, (axis, 0)), -1, axis)
-        return u.reshape(len(u), self.dim)
+            x = np.moveaxis(np.tensordot(x, wave, (axis, 0)), -1, axis)
+        return x.reshape(len(u), self.dim)
 
 
 def _cosines(n: int, count: int) -> np.ndarray:
@@ -180,14 +187,6 @@ def _head_scale(rows: np.ndarray, usual: np.ndarray, step: int, projection: Proj
         z = rows[usual[start : start + step]].astype(np.float64)
         most = np.maximum(most, np.abs(projection.down(z)).max(0))
     return np.where(most > 0, most, most.max() or 1.0) / 127
-
-
-def products(queries: Tensor, codes: Tensor) -> Tensor:
-    """Inner products (B, n) of int8 queries (B, dim) and rows (n, dim): exact int32, or float64 of exact parts."""
-    if codes.shape[1] <= 1 << 17:  # 2¹⁷ · 127² < 2³¹
-        return torch._int_mm(queries, codes.t())
-    parts = zip(queries.split(1 << 17, dim=1), codes.split(1 << 17, dim=1), strict=True)
-    return sum(torch._int_mm(query.contiguous(), part.contiguous().t()).double() for query, part in parts)
 
 
 def index_path(shard: Path) -> Path:

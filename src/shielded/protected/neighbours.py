@@ -23,17 +23,21 @@ Nothing is assumed about how queries follow each other; what is kept from earlie
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .index import Index, Projection, products
+from . import kernels
+from .index import Index, Projection
+from .kernels import LANES
 
-_KEPT = 8  # earlier queries that are remembered
-_WORTH = 12  # reading so many rows in order is about as fast as reading one here and there
-_FEW = 16  # rows that are measured without looking at their codes
+_KEPT = 32  # earlier queries that are remembered, at most
+_RING = 1 << 23  # numbers that these may have
 _TAME = 1e15  # longer vectors would overflow in float32; they are always measured
+_ROUNDING = 1e-9  # far above what sums of float64 products are off by, as a part of the numbers' size
+_TINY = 2.0**-120
+_JOBS = 32  # for threads
 _UP = 1 + 1e-9
 
 
@@ -49,7 +53,7 @@ class Pruned:
 
     Attributes:
         cells: how many there are.
-        neighbours: for each remembered query, stored rows that were found near it.
+        neighbours: for each slot, stored rows that were found near its last query.
     """
 
     neighbours: list[np.ndarray]
@@ -78,25 +82,22 @@ class Pruned:
     def _remember(self, slots: int) -> None:
         """Forgets everything, and makes room for so many queries."""
         dim, size = self._projection.dim, self._projection.size
-        self._turn = np.zeros(slots, np.int64)  # which of its places was used last
-        self._x = np.zeros((slots, _KEPT, dim))  # v
-        self._u = np.zeros((slots, _KEPT, size))  # Pv
-        self._codes = np.zeros((slots, _KEPT, dim), np.int8)  # y = step · codes
-        self._step = np.ones((slots, _KEPT))
-        self._code_u = np.zeros((slots, _KEPT, size))  # Py
-        # For each cell, the v that m² belongs to, and the y that the products belong to; _KEPT: none.
-        self._seen, self._of = np.full((2, slots, self.cells), _KEPT)
-        self._nearest = np.zeros((slots, self.cells))  # m²
-        self._error = np.zeros((slots, self.cells))  # of the products
-        self._products = torch.zeros(slots, int(self._first_row[-1]))  # y·t
+        slots = -(-slots // LANES) * LANES
+        self._kept = kept = max(2, min(_KEPT, _RING // max(1, slots * dim)))
+        self._turn = 0  # which of their places was used last
+        self._x, self._u = np.zeros((kept, slots, dim)), np.zeros((kept, slots, size))  # v, Pv
+        self._y, self._y_u = np.zeros((kept, slots, dim)), np.zeros((kept, slots, size))  # y, Py
+        self._seen = np.full(self.cells, kept)  # the v that m² of a cell belongs to; `kept`: none
+        self._nearest = np.zeros((self.cells, slots), np.float32)  # m²
+        self._anchor = np.full((self._first_row[-1], slots // LANES), kept, np.uint8)  # the same for a row, and y·t
+        self._products = np.zeros((self._first_row[-1], slots), np.float32)  # y·t
         self.neighbours = [np.empty(0, np.int64)] * slots
 
     def assign(self, x: np.ndarray) -> np.ndarray:
         """A slot for each query (B, dim): that of the nearest earlier query."""
-        if len(x) > len(self._turn):
+        if len(x) > len(self.neighbours):
             self._remember(len(x))
-        last = self._x[np.arange(len(self._turn)), self._turn]
-        away = np.stack([np.square(last - query).sum(1) for query in x])
+        away = np.stack([np.square(self._x[self._turn] - query).sum(1) for query in x])
         slots = np.empty(len(x), np.int64)
         for i in range(len(x)):
             slots[i] = np.nanargmin(away[i])
@@ -115,32 +116,45 @@ class Pruned:
             Query, stored row and lower bound of the squared distance of the pairs that are left.
         """
         view = _View(self, x, slots)
-        needed = ~(view.unseen() > limit).all(0)
+        needed = ~(limit < view.unseen()[:, slots].T).all(0)
+        top = np.full((self.cells, len(self.neighbours)), -np.inf, np.float32)
         with np.errstate(over="ignore"):
-            top = torch.from_numpy(np.nextafter(limit.astype(np.float32), np.float32(np.inf)))
-        for shard, index in enumerate(self._indexes):
-            cells = self._first_cell[shard] + np.flatnonzero(needed[slice(*self._first_cell[shard : shard + 2])])
-            if len(cells):
-                part = _Part(view, shard, index, int(cells[0]), int(cells[-1]) + 1)
-                pairs = part.left(top)
-                view.note(part.cells, part.nearest())
-                if pairs is not None:
-                    yield self._pairs(shard, *pairs)
+            top[:, slots] = np.nextafter(limit.astype(np.float32), np.float32(np.inf)).T
+        query = np.full(len(self.neighbours), -1)
+        query[slots] = np.arange(len(x))
+
+        def search(shards: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+            pairs = []
+            for shard in shards:
+                slot, row, lower = view.search(shard, needed[self._cells(shard)], top[self._cells(shard)])
+                if len(row):
+                    stored = self._starts[shard] + self._indexes[shard].order.numpy()[row].astype(np.int64)
+                    there = (query[slot] >= 0) & (row < self._counts[shard])
+                    if self._alive is not None:
+                        there &= self._alive[stored]
+                    pairs.append((query[slot[there]], stored[there], lower[there].astype(np.float64)))
+            return pairs
+
+        shards = np.flatnonzero([needed[self._cells(shard)].any() for shard in range(len(self._indexes))])
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            for pairs in threads.map(search, np.array_split(shards, min(len(shards), _JOBS) or 1)):
+                yield from pairs
+        self._seen[needed] = self._turn
 
     def guess(self, x: np.ndarray, slots: np.ndarray, k: int) -> list[np.ndarray]:
         """Some k stored rows for each query that may well be near."""
         view = _View(self, x, slots)
         found = [(np.empty(0), np.empty(0, np.int64)) for _ in x]
-        for shard, index in enumerate(self._indexes):
-            rows = self._rows(shard)
-            usable = np.arange(len(rows)) if self._alive is None else np.flatnonzero(self._alive[rows])
-            lower = _Part(view, shard, index, *self._first_cell[shard : shard + 2].tolist()).lower.flatten(1)
-            best, at = lower.nan_to_num(0.0)[:, usable].topk(min(k, len(usable)), largest=False)
-            near = rows[usable[at.numpy()]]
-            for query, (value, known) in enumerate(found):
-                value, known = np.append(value, best[query].numpy()), np.append(known, near[query])
-                order = value.argsort(kind="stable")[:k]
-                found[query] = value[order], known[order]
+        for shard, count in enumerate(self._counts):
+            rows = self._stored(shard)[:count]
+            usable = np.arange(count) if self._alive is None else np.flatnonzero(self._alive[rows])
+            about = np.nan_to_num(view.heads(shard)[usable], nan=-np.inf)
+            for query, slot in enumerate(slots):
+                best = np.argsort(about[:, slot], kind="stable")[:k]
+                value = np.append(found[query][0], about[best, slot])
+                row = np.append(found[query][1], rows[usable[best]])
+                order = np.argsort(value, kind="stable")[:k]
+                found[query] = value[order], row[order]
         return [rows for _, rows in found]
 
     def largest(self, radius: np.ndarray, number: np.ndarray) -> np.ndarray:
@@ -153,202 +167,167 @@ class Pruned:
         if radius.strides[1] == 0:  # one for all
             return np.broadcast_to(radius[:, :1], (len(radius), self.cells))
         largest = []
-        for shard, index in enumerate(self._indexes):
-            rows = self._rows(shard)
+        for shard, (index, count) in enumerate(zip(self._indexes, self._counts, strict=True)):
+            rows = self._stored(shard)[:count]
             values = radius[:, number[rows]] if self._alive is None else radius[:, number[rows]] * self._alive[rows]
-            largest.append(np.maximum.reduceat(values, np.arange(0, len(rows), index.size), axis=1))
+            largest.append(np.maximum.reduceat(values, np.arange(0, count, index.size), axis=1))
         return np.concatenate(largest, axis=1)
 
-    def _rows(self, shard: int) -> np.ndarray:
-        """The stored row of each row of an index, without the blank ones."""
-        return self._starts[shard] + self._indexes[shard].order[: self._counts[shard]].numpy().astype(np.int64)
+    def _cells(self, shard: int) -> slice:
+        return slice(*self._first_cell[shard : shard + 2])
 
-    def _pairs(self, shard: int, query: Tensor, row: Tensor, lower: Tensor) -> tuple[np.ndarray, ...]:
-        query, row, lower = query.numpy(), row.numpy(), lower.numpy().astype(np.float64)
-        there = row < self._counts[shard]
-        rows = self._starts[shard] + self._indexes[shard].order.numpy()[row].astype(np.int64)
-        if self._alive is not None:
-            there &= self._alive[rows]
-        return query[there], rows[there], lower[there]
+    def _stored(self, shard: int) -> np.ndarray:
+        """The stored row of each row of an index; those of blank rows mean nothing."""
+        return self._starts[shard] + self._indexes[shard].order.numpy().astype(np.int64)
 
 
 class _View:
-    """The bounds of one batch of queries, which are remembered from now on."""
+    """The bounds of a batch of queries, which are remembered from now on.
 
-    def __init__(self, found: Pruned, x: np.ndarray, slots: np.ndarray) -> None:
-        self.found, self.slots, self._x = found, slots, x
-        self._squared = np.square(x).sum(1)
-        self._u = found._projection.down(x)
-        self._remember()
-        self.heads, self.head_step, self._head_rounding = self._quantised_heads()
-        self._split = self._by_products()
-        self.terms = self._terms(found._of[slots], found._error[slots])
-        self._present: Tensor | None = None
-
-    def _remember(self) -> None:
-        found, slots = self.found, self.slots
-        found._turn[slots] = self.turn = (found._turn[slots] + 1) % _KEPT
-        for kept in (found._seen, found._of):
-            kept[slots] = np.where(kept[slots] == self.turn[:, None], _KEPT, kept[slots])
-        step = np.abs(self._x).max(1) / 126
-        step = np.where(step > 0, step, 1.0).astype(np.float32).astype(np.float64)
-        codes = np.rint(self._x / step[:, None])
-        at = slots, self.turn
-        found._x[at], found._u[at], found._step[at] = self._x, self._u, step
-        found._codes[at], found._code_u[at] = codes, found._projection.down(codes * step[:, None])
-        self.codes, self.code_step = torch.from_numpy(found._codes[at]), torch.from_numpy(step).float()
-
-    def _quantised_heads(self) -> tuple[Tensor, Tensor, np.ndarray]:
-        """u · head_scale as two int8 numbers, step · (254 · high + low), for each shard, and how far off that is."""
-        found = self.found
-        scaled = self._u * found._head_scales[:, None]  # (shards, B, size)
-        step = np.abs(scaled).max(2) / (127 * 254)
-        step[step == 0] = 1.0
-        whole = np.rint(scaled / step[..., None])
-        high = np.clip(np.rint(whole / 254), -127, 127)
-        heads = torch.from_numpy(np.concatenate([high, whole - 254 * high], axis=1).astype(np.int8))
-        off = np.linalg.norm(scaled - whole * step[..., None], axis=2)
-        off += 2.0**-21 * np.linalg.norm(scaled, axis=2)  # the product in float32
-        return heads, torch.from_numpy(step).float(), off[found._shard].T * found._most["head_norm"] * _UP
-
-    def _by_products(self) -> np.ndarray:
-        """x = c y + w for each y that is remembered, and at last for y = 0: c, ‖Pw‖, ‖w − PᵀPw‖; (3, B, _KEPT + 1)."""
-        found, slots = self.found, self.slots
-        split = np.zeros((3, len(slots), _KEPT + 1))
-        for j in range(_KEPT):
-            y = found._codes[slots, j] * found._step[slots, j, None]
-            energy = np.square(y).sum(1)
-            c = (self._x * y).sum(1) / np.where(energy > 0, energy, 1)
-            w, down = self._x - c[:, None] * y, self._u - c[:, None] * found._code_u[slots, j]
-            split[:, :, j] = c, *_low_and_high(w, down, self._squared)
-        split[1:, :, _KEPT] = _low_and_high(self._x, self._u, self._squared)
-        return split
-
-    def unseen(self) -> np.ndarray:
-        """Lower bounds (B, cells) of the squared distances to all rows of a cell, from when it was last looked at."""
-        found, slots = self.found, self.slots
-        split = np.zeros((3, len(slots), _KEPT + 1))
-        for j in range(_KEPT):
-            v, u = found._x[slots, j], found._u[slots, j]
-            squared = np.square(v).sum(1)
-            split[:, :, j] = self._squared - squared, *_low_and_high(self._x - v, self._u - u, self._squared + squared)
-        split[0, :, _KEPT] = -np.inf
-        more, low, high = np.take_along_axis(split, found._seen[None, slots], 2)
-        size = self._squared[:, None] + np.square(found._norm)
-        return found._nearest[slots] + more - 2 * (low * found._most["low"] + high * found._most["high"]) - 1e-9 * size
-
-    def note(self, cells: slice, nearest: Tensor) -> None:
-        """Remembers the lower bounds (B, c) that were found."""
-        self.found._nearest[self.slots, cells] = nearest.double().nan_to_num(-np.inf).numpy()
-        self.found._seen[self.slots, cells] = self.turn[:, None]
-
-    def _terms(self, which: np.ndarray, error: np.ndarray) -> Tensor:
-        """What all rows of a cell have in common, and the factors of y·t and ρ: (3, B, cells)."""
-        most, norm = self.found._most, self.found._norm
-        c, low, high = np.take_along_axis(self._split, which[None], 2)
-        unsure = self._head_rounding + np.abs(c) * error + low * most["head_error"]
-        # The last two terms: about ten operations in float32, on numbers of at most twice that size; underflow.
-        size = np.sqrt(self._squared)[:, None] + norm
-        common = self._squared[:, None] - 2 * unsure - 2.0**-19 * size**2 - 1e-36
-        common[size > _TAME] = -np.inf
-        with np.errstate(over="ignore"):
-            common = np.nextafter(common.astype(np.float32), np.float32(-np.inf))
-            return torch.from_numpy(np.stack([common, -2 * c, -2 * high]).astype(np.float32))
-
-    @property
-    def present(self) -> Tensor:
-        """The terms once the products are those with these queries themselves."""
-        if self._present is None:
-            found = self.found
-            length = np.linalg.norm(self.codes.numpy() * self.code_step.double().numpy()[:, None], axis=1)[:, None]
-            code_error = found._most["code_error"]
-            self._errors = length * (code_error + 2.0**-21 * (2 * found._norm + code_error)) * _UP
-            self._present = self._terms(np.broadcast_to(self.turn[:, None], self._errors.shape), self._errors)
-        return self._present
-
-    def look(self, cell: int) -> None:
-        """Takes over that the products of a cell are now those with these queries."""
-        self.terms[:, :, cell] = self.present[:, :, cell]
-        self.found._of[self.slots, cell], self.found._error[self.slots, cell] = self.turn, self._errors[:, cell]
-
-    def has_looked(self, cell: int) -> bool:
-        return bool((self.found._of[self.slots, cell] == self.turn).all())
-
-
-class _Part:
-    """Some cells of a shard that follow each other, seen from a batch of queries.
-
-    Attributes:
-        cells: which.
-        lower: (B, c, size) lower bounds of the squared distances.
+    Slots for which there is no query keep their last one, so that all of them go on together.
     """
 
-    def __init__(self, view: _View, shard: int, index: Index, first: int, stop: int) -> None:
-        self._view, self._index, self._size = view, index, index.size
-        self.cells = slice(first, stop)
-        self._start = (first - int(view.found._first_cell[shard])) * index.size  # in the index
-        self._offset = int(view.found._first_row[shard])
-        rows = slice(self._start, self._start + (stop - first) * index.size)
-        batch = len(view.slots)
-        both = products(view.heads[shard], index.head[rows])
-        heads = both[batch:].float().add_(both[:batch], alpha=254)
-        cheap = torch.addcmul(index.squared[rows], heads, -2 * view.head_step[shard, :, None])
-        self._cheap = cheap.view(batch, stop - first, index.size)  # ‖z‖² − 2 u·p
-        self.lower = self._bound(slice(None))
+    def __init__(self, found: Pruned, x: np.ndarray, slots: np.ndarray) -> None:
+        self._found = found
+        self._x = found._x[found._turn].copy()
+        self._x[slots] = x
+        self._u = found._projection.down(self._x)
+        self._squared, self._low = np.square(self._x).sum(1), np.square(self._u).sum(1)
+        self._remember()
+        self._heads, self._head_rounding = self._quantised_heads()
+        self._terms = self._by_products()
 
-    def _bound(self, cell: slice) -> Tensor:
-        """The lower bounds of these cells, from the products that are kept."""
-        start, stop, _ = cell.indices(self._cheap.shape[1])
-        rows = slice(self._start + start * self._size, self._start + stop * self._size)
-        common, c, high = self._view.terms[:, :, self.cells][:, :, cell, None]
-        lower = torch.addcmul(self._cheap[:, cell], self._index.rho[rows].view(-1, self._size), high)
-        if c.any():
-            kept = self._view.found._products[:, self._offset + rows.start : self._offset + rows.stop]
-            lower.addcmul_(kept[self._view.slots].view_as(lower), c)
-        return lower.add_(common)
+    def _remember(self) -> None:
+        found = self._found
+        found._turn = self._turn = (found._turn + 1) % found._kept
+        found._seen[found._seen == self._turn] = found._kept
+        found._anchor[found._anchor == self._turn] = found._kept
+        step = np.abs(self._x).max(1) / 126
+        self._step = np.where(step > 0, step, 1.0).astype(np.float32)
+        step = self._step.astype(np.float64)[:, None]
+        codes = np.rint(self._x / step)
+        found._x[self._turn], found._u[self._turn] = self._x, self._u
+        found._y[self._turn], found._y_u[self._turn] = codes * step, found._projection.down(codes * step)
+        codes = codes.astype(np.int8)
+        self._blocks, self._shifts = kernels.blocks(codes), kernels.shifts(codes)
 
-    def left(self, top: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Query, row of the index and lower bound of what is not above `top` (B, cells), after a closer look at it."""
-        bar = top[:, self.cells, None]
-        if (self.nearest() > bar[..., 0]).all():
-            return None
-        risky = (self.lower > bar).all(0).logical_not_()  # NaN, where something overflowed, counts as a risk
-        count = risky.sum(1)
-        for cell in count.nonzero().flatten().tolist():
-            if count[cell] * _WORTH > self._size and not self._view.has_looked(self.cells.start + cell):
-                self._look(cell)
-            elif count[cell] > _FEW:
-                self._look_at(cell, risky[cell].nonzero().flatten())
-        query, cell, row = (self.lower > bar).logical_not_().nonzero(as_tuple=True)
-        return query, self._start + cell * self._size + row, self.lower[query, cell, row]
+    def _quantised_heads(self) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray]:
+        """2 u · head_scale for each shard, as `kernels.bounds` wants it, and by how much products with the heads are off.
 
-    def nearest(self) -> Tensor:
-        """(B, c) lower bounds for all rows of a cell; NaN where something overflowed."""
-        return self.lower.amin(2)
+        That is (cells, S).
+        """
+        found = self._found
+        scaled = 2 * self._u * found._head_scales[:, None]  # (shards, S, size)
+        step = np.abs(scaled).max(2) / (127 * 254)
+        step = np.maximum(step, _TINY).astype(np.float32).astype(np.float64)
+        whole = np.rint(scaled / step[..., None])
+        coarse = np.clip(np.rint(whole / 254), -127, 127)
+        codes = np.concatenate([coarse, whole - 254 * coarse], axis=1).astype(np.int8)
+        off = np.linalg.norm(scaled - whole * step[..., None], axis=2)
+        off += 2.0**-21 * np.linalg.norm(scaled, axis=2)  # the product in float32
+        heads = [
+            (kernels.blocks(c), kernels.shifts(c).reshape(2, -1).astype(np.int32), s)
+            for c, s in zip(codes, step.astype(np.float32), strict=True)
+        ]
+        return heads, off[found._shard] * found._most["head_norm"][:, None] * _UP
 
-    def _look(self, cell: int) -> None:
-        """Reads the codes of a cell."""
-        start = self._start + cell * self._size
-        kept = slice(self._offset + start, self._offset + start + self._size)
-        self._view.found._products[self._view.slots, kept] = self._inner(slice(start, start + self._size))
-        self._view.look(self.cells.start + cell)
-        self.lower[:, cell] = self._bound(slice(cell, cell + 1))[:, 0]
+    def _by_products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What to add, and the factors of y·t and ρ, for each y that is remembered and at last for y = 0.
 
-    def _look_at(self, cell: int, row: Tensor) -> None:
-        """Reads the codes of some rows of a cell."""
-        at = self._start + cell * self._size + row
-        common, c, high = self._view.present[:, :, self.cells.start + cell, None]
-        lower = torch.addcmul(self._cheap[:, cell, row], self._index.rho[at], high)
-        self.lower[:, cell, row] = lower.addcmul_(self._inner(at), c).add_(common)
+        That is (cells, kept + 1, S) and twice (kept + 1, S). x = c y + w.
+        """
+        found = self._found
+        inner, energy = np.einsum("jsd,sd->js", found._y, self._x), np.square(found._y).sum(2)
+        c = inner / np.where(energy > 0, energy, 1)
+        w = self._squared - 2 * c * inner + c**2 * energy
+        low = self._low - 2 * c * np.einsum("jsd,sd->js", found._y_u, self._u) + c**2 * np.square(found._y_u).sum(2)
+        none = np.zeros((1, len(self._squared)))
+        c, length = np.concatenate([c, none]), np.sqrt(np.concatenate([energy, none]))
+        w, low = np.concatenate([w, none + self._squared]), np.concatenate([low, none + self._low])
+        low, high = _roots(low, w, self._squared + c**2 * length**2)
 
-    def _inner(self, rows: slice | Tensor) -> Tensor:
-        """y·t for the present queries, (B, n)."""
-        inner = products(self._view.codes, self._index.codes[rows]).float()
-        return inner.mul_(self._view.code_step[:, None]).mul_(self._index.scale[rows])
+        most, norm = found._most, found._norm[:, None]
+        size = np.sqrt(self._squared) + norm
+        code_error = most["code_error"] + 2.0**-21 * (2 * found._norm + most["code_error"])  # for each ‖y‖
+        unsure = (np.abs(c) * length * _UP) * code_error[:, None, None] + low * most["head_error"][:, None, None]
+        # The last two terms: about ten operations in float32, on numbers of at most twice that size; underflow.
+        common = -2 * unsure
+        common += (self._squared - self._head_rounding - 2.0**-19 * size**2 - 1e-36)[:, None]
+        common[np.broadcast_to((size > _TAME)[:, None], common.shape)] = -np.inf
+        with np.errstate(over="ignore"):
+            return _below(common), (-2 * c).astype(np.float32), (-2 * high).astype(np.float32)
+
+    def unseen(self) -> np.ndarray:
+        """Lower bounds (cells, S) of the squared distances to all rows of a cell, from when it was last looked at."""
+        found, none = self._found, np.zeros((1, len(self._squared)))
+        squared = np.square(found._x).sum(2)
+        w = self._squared - 2 * np.einsum("jsd,sd->js", found._x, self._x) + squared
+        low = self._low - 2 * np.einsum("jsd,sd->js", found._u, self._u) + np.square(found._u).sum(2)
+        low, high = _roots(low, w, self._squared + squared)
+        more = np.concatenate([self._squared - squared, none - np.inf])[found._seen]
+        low, high = (np.concatenate([part, none])[found._seen] for part in (low, high))
+        most = 2 * (low * found._most["low"][:, None] + high * found._most["high"][:, None])
+        size = self._squared + np.square(found._norm)[:, None]
+        return found._nearest.astype(np.float64) + more - most - _ROUNDING * size
+
+    def search(self, shard: int, needed: np.ndarray, top: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Slot, row of the index and lower bound of what is not above `top` (c, S) in the cells of a shard."""
+        found, index, rows = self._found, self._found._indexes[shard], self._rows(shard)
+        common, factor, high = self._terms
+        pairs = len(index.order) * len(self._step)
+        slot, row, lower = np.empty(pairs, np.int32), np.empty(pairs, np.int32), np.empty(pairs, np.float32)
+        count = kernels.search(
+            needed,
+            *(part.numpy() for part in (index.head, index.codes, index.scale, index.squared, index.rho)),
+            found._products[rows],
+            found._anchor[rows],
+            *self._heads[shard],
+            common[found._cells(shard)],
+            factor,
+            high,
+            self._turn,
+            self._blocks,
+            self._shifts,
+            self._step,
+            top,
+            found._nearest[found._cells(shard)],
+            slot,
+            row,
+            lower,
+        )
+        return slot[:count], row[:count], lower[:count]
+
+    def heads(self, shard: int) -> np.ndarray:
+        """‖z‖² − 2 u·p for all rows of a shard, (n, S)."""
+        found, index, rows = self._found, self._found._indexes[shard], self._rows(shard)
+        common, factor, high = self._terms
+        cheap = np.empty((len(index.order), len(self._step)), np.float32)
+        for cell, first in enumerate(range(0, len(cheap), index.size)):
+            part = cheap[first : first + index.size]
+            kernels.bounds(
+                first,
+                *(values.numpy() for values in (index.head, index.squared, index.rho)),
+                found._products[rows],
+                found._anchor[rows],
+                *self._heads[shard],
+                common[found._first_cell[shard] + cell],
+                factor,
+                high,
+                part,
+                np.empty_like(part),
+            )
+        return cheap
+
+    def _rows(self, shard: int) -> slice:
+        return slice(*self._found._first_row[shard : shard + 2])
 
 
-def _low_and_high(w: np.ndarray, down: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds (B,) of ‖Pw‖ and ‖w − PᵀPw‖ for w (B, dim) and Pw; `squared`: size of what w was made of."""
-    low = np.square(down).sum(1)
-    high = np.maximum(np.square(w).sum(1) - low, 0)
-    return np.sqrt(low + 1e-12 * squared), np.sqrt(high + 1e-12 * squared)
+def _below(values: np.ndarray) -> np.ndarray:
+    """In float32, rounded down."""
+    return np.nextafter(values.astype(np.float32), np.float32(-np.inf))
+
+
+def _roots(low: np.ndarray, whole: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of ‖Pw‖ and ‖w − PᵀPw‖ from ‖Pw‖² and ‖w‖²; `squared`: size of what these were made of."""
+    slack = _ROUNDING * squared
+    return np.sqrt(np.maximum(low, 0) + slack), np.sqrt(np.maximum(whole - low, 0) + slack)

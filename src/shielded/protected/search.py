@@ -28,6 +28,7 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # query, row, distance
 
 SMALL = 10_000  # rows up to which a set is searched without an index
 MEMORY = 1 << 30  # bytes that a search may hold
+_NEAR = 32  # rows that are measured at a time, and remembered for the next step
 
 # Components that are summed in float32 before the sum goes on in float64. A float32 inner product of n terms is off
 # by at most n u / (1 - n u) |x| |z| with u = 2^-24, in whatever order it is summed (Higham, Accuracy and Stability of
@@ -300,39 +301,43 @@ class Search:
     ) -> Iterator[Pairs]:
         """Query by query the k nearest rows that are within the radius."""
         k = min(k, len(self))
+        some = min(max(k, _NEAR), len(self))
         for first, part, shields in self._batches(x, radius, shrink):
             slots = self._pruned.assign(part)
-            # Whatever is near by, the k-th nearest is not farther than the farthest of k known rows.
-            known = [self._pruned.neighbours[slot][:k] for slot in slots]
-            if any(len(rows) < k for rows in known):
-                known = self._pruned.guess(part, slots, k)
-            query, stored = np.repeat(np.arange(len(part)), k), np.concatenate(known)
+            # Whatever is near by, the k-th nearest is not farther than the k-th nearest of some known rows.
+            known = [self._pruned.neighbours[slot][:some] for slot in slots]
+            if any(len(rows) < some for rows in known):
+                known = self._pruned.guess(part, slots, some)
+            query, stored = np.repeat(np.arange(len(part)), some), np.concatenate(known)
             distance = measured(part, self._vectors.take, query, stored)
             distance[~shields.contain(query, self._row[stored], distance)] = np.inf
-            limit = np.square(distance.reshape(-1, k).max(1, keepdims=True))
+            limit = np.square(np.partition(distance.reshape(-1, some), k - 1, axis=1)[:, k - 1 : k])
             limit = np.minimum(limit, shields.limit(self._pruned, self._row, len(part)))
             query, stored, lower = _joined(self._pruned.reach(part, slots, limit))
             for i, slot in enumerate(slots):
                 own = query == i
                 distance, best = self._closest(part[i : i + 1], stored[own], lower[own], k, shields, i)
-                self._pruned.neighbours[slot] = np.append(best, known[i][~np.isin(known[i], best)])[:k]
-                yield np.full(len(best), first + i), self._row[best], distance
+                self._pruned.neighbours[slot] = np.append(best, known[i][~np.isin(known[i], best)])[:some]
+                yield np.full(min(k, len(best)), first + i), self._row[best[:k]], distance[:k]
 
     def _closest(
         self, x: np.ndarray, stored: np.ndarray, lower: np.ndarray, k: int, shields: _Shields, query: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest of the stored rows (n,) within the radius; their squared distances are at least `lower`."""
+        """The nearest of the stored rows (n,) within the radius; their squared distances are at least `lower`.
+
+        There may be more than k, but only the first k are certainly the nearest.
+        """
         distance, best = np.empty(0), np.empty(0, np.int64)
         order = np.argsort(lower, kind="stable")
-        step = max(32, k)
+        step = max(_NEAR, k)
         for start in range(0, len(order), step):
             some = stored[order[start : start + step]]
-            if len(best) == k and lower[order[start]] > distance[-1] ** 2 * (1 + 1e-12):
+            if len(best) >= k and lower[order[start]] > distance[k - 1] ** 2 * (1 + 1e-12):
                 break
             more = measured(x, self._vectors.take, np.zeros_like(some), some)
             inside = shields.contain(query, self._row[some], more)
             distance, best = np.append(distance, more[inside]), np.append(best, some[inside])
-            first = np.lexsort((best, distance))[:k]
+            first = np.lexsort((best, distance))[:step]
             distance, best = distance[first], best[first]
         return distance, best
 

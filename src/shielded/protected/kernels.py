@@ -1,0 +1,351 @@
+"""The inner loops of the search in indexed shards, compiled by Numba for the processor at hand.
+
+A row of codes costs what it takes to get it from memory, if eight queries at a time are multiplied with it by the
+processor's instruction for int8 products (VNNI), and the next row is asked for meanwhile. Processors without that
+instruction take a plain loop.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import float32, int32, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 8  # queries that are multiplied with a row together
+BLOCK = 64  # numbers of a query that lie together in `blocks`, query by query
+_MOST = 1 << 15  # products of bytes that are added in int32
+_PIECE = 256  # rows whose products with heads stay in a processor's cache
+
+
+def blocks(codes: np.ndarray) -> np.ndarray:
+    """Codes (S, dim) of queries as `search` wants them: (S / LANES, dim / BLOCK, LANES, BLOCK), filled up with 0."""
+    queries, dim = codes.shape
+    filled = np.zeros((queries, -(-dim // BLOCK) * BLOCK), np.int8)
+    filled[:, :dim] = codes
+    return np.ascontiguousarray(filled.reshape(queries // LANES, LANES, -1, BLOCK).swapaxes(1, 2))
+
+
+def _width() -> int:
+    """Bits of a vector of which the processor multiplies bytes and adds the products; 0: it cannot."""
+    features = binding.get_host_cpu_features()
+    return 512 if features.get("avx512vnni") else 256 if features.get("avxvnni") else 0
+
+
+def _vector_products(width: int):
+    """∑ row · query for LANES queries, over whole blocks."""
+
+    @intrinsic
+    def multiply(typing, row, following, queries, count, sums):
+        signature = types.void(types.uintp, types.uintp, types.uintp, types.intp, types.uintp)
+
+        def generate(context, builder, signature, arguments):
+            byte, lane, address = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+            vector, whole = ir.VectorType(lane, width // 32), ir.VectorType(byte, width // 8)
+            row, following, queries, count, sums = arguments
+            row, following, queries = (builder.inttoptr(p, byte.as_pointer()) for p in (row, following, queries))
+            sums = builder.inttoptr(sums, lane.as_pointer())
+            module = builder.module
+            add_products = module.declare_intrinsic(
+                f"llvm.x86.avx512.vpdpbusd.{width}", (), ir.FunctionType(vector, [vector] * 3)
+            )
+            prefetch = module.declare_intrinsic(
+                "llvm.prefetch.p0", (), ir.FunctionType(ir.VoidType(), [byte.as_pointer(), lane, lane, lane])
+            )
+
+            def load(pointer, offset):
+                at = builder.bitcast(builder.gep(pointer, [offset]), whole.as_pointer())
+                value = builder.load(at)
+                value.align = 1
+                return value
+
+            before = builder.block
+            loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            step = builder.phi(address)
+            step.add_incoming(ir.Constant(address, 0), before)
+            added = [builder.phi(vector) for _ in range(LANES)]
+            for value in added:
+                value.add_incoming(ir.Constant(vector, None), before)
+            start = builder.mul(step, ir.Constant(address, BLOCK))
+            # Read, into all caches, data.
+            hints = [ir.Constant(lane, value) for value in (0, 3, 1)]
+            builder.call(prefetch, [builder.gep(following, [start]), *hints])
+            new = added
+            for part in range(0, BLOCK, width // 8):
+                # The instruction wants one of the two without a sign: 128 more, which `shift` takes off again.
+                codes = load(row, builder.add(start, ir.Constant(address, part)))
+                codes = builder.xor(codes, ir.Constant(whole, [128] * (width // 8)))
+                codes = builder.bitcast(codes, vector)
+                offset = builder.add(builder.mul(start, ir.Constant(address, LANES)), ir.Constant(address, part))
+                new = [
+                    builder.call(
+                        add_products,
+                        [
+                            value,
+                            codes,
+                            builder.bitcast(
+                                load(queries, builder.add(offset, ir.Constant(address, BLOCK * query))), vector
+                            ),
+                        ],
+                    )
+                    for query, value in enumerate(new)
+                ]
+            following_step = builder.add(step, ir.Constant(address, 1))
+            step.add_incoming(following_step, loop)
+            for value, next_value in zip(added, new, strict=True):
+                value.add_incoming(next_value, loop)
+            builder.cbranch(builder.icmp_signed("<", following_step, count), loop, after)
+            builder.position_at_end(after)
+
+            def halved(one, other):
+                """The sums of neighbouring lanes, of one vector and then of the other."""
+                masks = (
+                    ir.Constant(ir.VectorType(lane, len(lanes)), lanes)
+                    for lanes in (list(range(first, 2 * width // 32, 2)) for first in (0, 1))
+                )
+                return builder.add(*(builder.shuffle_vector(one, other, mask) for mask in masks))
+
+            while len(new) > 1:
+                new = [halved(one, other) for one, other in zip(new[::2], new[1::2], strict=True)]
+            if width // 32 > LANES:
+                new = [halved(new[0], new[0])]
+            builder.store(
+                builder.shuffle_vector(new[0], new[0], ir.Constant(ir.VectorType(lane, LANES), list(range(LANES)))),
+                builder.bitcast(sums, ir.VectorType(lane, LANES).as_pointer()),
+                align=4,
+            )
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return multiply
+
+
+@intrinsic
+def _combine(typing, squared, rho, steps, sums, bounds, products, cheap, lower):
+    """Bounds of LANES queries for one row, all at once. Addresses of
+
+    - steps: head_step, float32, and `shifts` of coarse and fine sums, int32, one after the other;
+    - sums: coarse and fine ones, int32;
+    - bounds: common, factor and high, float32;
+    - products, and where ‖z‖² − 2 u·p and the bounds go, float32.
+    """
+    address = types.UniTuple(types.uintp, 3)
+    signature = types.void(
+        types.float32, types.float32, address, types.UniTuple(types.uintp, 2), address, types.uintp, types.uintp,
+        types.uintp,
+    )  # fmt: skip
+
+    def generate(context, builder, signature, arguments):
+        real, lane = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+        squared, rho, steps, sums, bounds, products, cheap, lower = arguments
+
+        def every(value):
+            one = builder.insert_element(ir.Constant(real, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            return builder.shuffle_vector(one, one, ir.Constant(lane, None))
+
+        def load(address, kind=real):
+            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+        def store(value, address):
+            builder.store(value, builder.inttoptr(address, real.as_pointer()), align=4)
+
+        step, *shifts = cgutils.unpack_tuple(builder, steps)
+        coarse, fine = (
+            builder.sitofp(builder.sub(load(total, lane), load(shift, lane)), real)
+            for total, shift in zip(cgutils.unpack_tuple(builder, sums), shifts, strict=True)
+        )
+        inner = builder.fadd(builder.fmul(coarse, ir.Constant(real, [254.0] * LANES)), fine)
+        value = builder.fsub(every(squared), builder.fmul(load(step), inner))
+        store(value, cheap)
+        common, factor, high = (load(part) for part in cgutils.unpack_tuple(builder, bounds))
+        known = builder.fadd(builder.fmul(factor, load(products)), builder.fmul(high, every(rho)))
+        store(builder.fadd(builder.fadd(value, known), common), lower)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+_WIDTH = _width()
+_multiply = _vector_products(_WIDTH) if _WIDTH else None
+
+
+@njit(nogil=True)
+def _by_vectors(codes, row, following, queries, group, first, last, sums, i):
+    """∑ (row + 128) · query over the blocks from `first` to `last`; asks for the following row meanwhile."""
+    dim, blocks = codes.shape[1], queries.shape[1]
+    start = codes.ctypes.data + first * BLOCK
+    at = queries.ctypes.data + (group * blocks + first) * (BLOCK * LANES)
+    into = sums.ctypes.data + 4 * i * LANES
+    _multiply(start + row * dim, start + following * dim, at, last - first, into)
+
+
+@njit(nogil=True)
+def _by_loops(codes, row, following, queries, group, first, last, sums, i):
+    """∑ row · query over the blocks from `first` to `last`, of which the last one may be shorter."""
+    for query in range(LANES):
+        total = int32(0)
+        for block in range(first, last):
+            start = block * BLOCK
+            for k in range(min(BLOCK, codes.shape[1] - start)):
+                total += int32(codes[row, start + k]) * int32(queries[group, block, query, k])
+        sums[i, query] = total
+
+
+_whole_blocks = _by_vectors if _WIDTH else _by_loops
+_OFFSET = 128 if _WIDTH else 0
+
+
+def shifts(codes: np.ndarray) -> np.ndarray:
+    """What to take off the sums of these queries (S, dim)."""
+    whole = codes.shape[1] // BLOCK * BLOCK
+    return _OFFSET * codes[:, :whole].astype(np.int64).sum(1)
+
+
+@njit(nogil=True)
+def _products(codes, row, following, queries, group, sums, totals):
+    """∑ row · query for LANES queries, exact up to what `shifts` takes off."""
+    dim = codes.shape[1]
+    whole, step = dim // BLOCK, _MOST // BLOCK
+    totals[:] = 0
+    for first in range(0, whole, step):
+        _whole_blocks(codes, row, following, queries, group, first, min(first + step, whole), sums, 0)
+        for query in range(LANES):
+            totals[query] += sums[0, query]
+    if whole * BLOCK < dim:
+        _by_loops(codes, row, following, queries, group, whole, whole + 1, sums, 0)
+        for query in range(LANES):
+            totals[query] += sums[0, query]
+
+
+@njit(nogil=True)
+def _head_products(head, first, count, heads, sums):
+    """∑ head · query for `count` rows from `first` on, for all groups of `heads`; up to what `shifts` takes off."""
+    whole, last, groups = head.shape[1] // BLOCK, len(head) - 1, len(heads)
+    sums = sums.reshape(-1, LANES)
+    for i in range(count):
+        for group in range(groups):
+            at = i * groups + group
+            _whole_blocks(head, first + i, min(first + i + 1, last), heads, group, 0, whole, sums, at)
+    if whole * BLOCK < head.shape[1]:
+        rest = np.empty((1, LANES), np.int32)
+        for i in range(count):
+            for group in range(groups):
+                _by_loops(head, first + i, 0, heads, group, whole, whole + 1, rest, 0)
+                for k in range(LANES):
+                    sums[i * groups + group, k] += rest[0, k]
+
+
+@njit(nogil=True)
+def bounds(
+    first, head, squared, rho, products, anchor, heads, head_shift, head_step, common, factor, high, cheap, lower
+):
+    """Lower bounds of the squared distances to the rows from `first` on, as far as products are known.
+
+    Args:
+        first: row of the shard.
+        head, squared, rho: those of its index.
+        products: (n, S) y·t with the query y that `anchor` (n, S / LANES) says.
+        heads, head_shift: `blocks`, and `shifts` as (2, S), of 2 u · head_scale / head_step: the 254ths, and the rest.
+        head_step: (S,)
+        common, factor, high: (kept + 1, S) what is added, and the factors of y·t and ρ, for each y.
+        cheap: (m, S) is set to ‖z‖² − 2 u·p.
+        lower: (m, S) is set to the bounds.
+    """
+    groups, slots = anchor.shape[1], products.shape[1]
+    sums = np.empty((min(_PIECE, len(lower)), 2, slots), np.int32)
+    for start in range(0, len(lower), _PIECE):
+        count = min(_PIECE, len(lower) - start)
+        _head_products(head, first + start, count, heads, sums)
+        for i in range(count):
+            row = first + start + i
+            for group in range(groups):
+                own = 4 * LANES * group
+                here = 4 * slots * (start + i) + own
+                y = 4 * slots * anchor[row, group] + own
+                _combine(
+                    squared[row],
+                    rho[row],
+                    (head_step.ctypes.data + own, head_shift[0].ctypes.data + own, head_shift[1].ctypes.data + own),
+                    (sums[i, 0].ctypes.data + own, sums[i, 1].ctypes.data + own),
+                    (common.ctypes.data + y, factor.ctypes.data + y, high.ctypes.data + y),
+                    products.ctypes.data + 4 * slots * row + own,
+                    cheap.ctypes.data + here,
+                    lower.ctypes.data + here,
+                )
+
+
+@njit(nogil=True)
+def search(
+    needed, head, codes, scale, squared, rho, products, anchor, heads, head_shift, head_step, common, factor, high,
+    turn, queries, shift, step, top, nearest, query_found, row_found, lower_found,
+):  # fmt: skip
+    """Finds what cannot be ruled out in the cells of a shard, and reads the codes of rows that cannot be without.
+
+    Args:
+        needed: (c,) bool, which cells.
+        head, codes, scale, squared, rho: those of the index.
+        products, anchor: what is known of the rows, see `bounds`; brought up to date.
+        heads, head_shift, head_step, factor, high: see `bounds`.
+        common: (c, kept + 1, S) for each cell.
+        turn: the y that these queries are.
+        queries, shift, step: `blocks` and `shifts` of their codes, and (S,) float32 what one of these stands for.
+        top: (c, S) squared distances; what is certainly farther is ruled out.
+        nearest: (c, S) is set to the least bound in each cell, −inf where something overflowed.
+        query_found, row_found, lower_found: (n · S,) are filled with what cannot be ruled out, and its bounds.
+
+    Returns:
+        How much that is.
+    """
+    size, slots = len(head) // len(needed), len(step)
+    cheap, lower = np.empty((size, slots), np.float32), np.empty((size, slots), np.float32)
+    risky = np.empty(size, np.int64)
+    sums, totals = np.empty((1, LANES), np.int32), np.empty(LANES, np.int64)
+    found = 0
+    for cell in range(len(needed)):
+        if not needed[cell]:
+            continue
+        first = cell * size
+        bounds(
+            first, head, squared, rho, products, anchor, heads, head_shift, head_step, common[cell], factor, high,
+            cheap, lower,
+        )  # fmt: skip
+        count = 0
+        for i in range(size):
+            risk = False
+            for query in range(slots):
+                risk |= not lower[i, query] > top[cell, query]  # NaN, where something overflowed, is a risk
+            risky[count] = i
+            count += risk
+        for j in range(count):
+            i = risky[j]
+            row, following = first + i, first + risky[min(j + 1, count - 1)]
+            for group in range(slots // LANES):
+                start = group * LANES
+                risk = False
+                for query in range(start, start + LANES):
+                    risk |= not lower[i, query] > top[cell, query]
+                if not risk:
+                    continue
+                _products(codes, row, following, queries, group, sums, totals)
+                anchor[row, group] = turn
+                for query in range(start, start + LANES):
+                    product = float32(totals[query - start] - shift[query]) * step[query] * scale[row]
+                    products[row, query] = product
+                    known = factor[turn, query] * product + high[turn, query] * rho[row]
+                    lower[i, query] = cheap[i, query] + known + common[cell, turn, query]
+                    if not lower[i, query] > top[cell, query]:
+                        query_found[found], row_found[found] = query, row
+                        lower_found[found] = lower[i, query]
+                        found += 1
+        for query in range(slots):
+            least = np.float32(np.inf)
+            for i in range(size):
+                value = lower[i, query]
+                if not value >= least:
+                    least = value if value < least else np.float32(-np.inf)
+            nearest[cell, query] = least
+    return found
