@@ -89,10 +89,10 @@ class Index:
         scale: (n,) float32.
         squared: (n,) float32, ‖z‖² rounded.
         rho: (n,) float32, at least ‖t − PᵀPt‖ = ‖z − PᵀPz‖.
+        code_error: (n,) float32, at least ‖t − codes · scale‖.
         head_scale: (size,) float64.
         head_norm: (c,) float64, at least ‖head‖ of each row of the cell.
         head_error: (c,) float64, at least ‖Pt‖.
-        code_error: (c,) float64, at least ‖t − codes · scale‖.
         low: (c,) float64, at least ‖Pz‖.
         high: (c,) float64, at least ‖z − PᵀPz‖.
     """
@@ -103,10 +103,10 @@ class Index:
     scale: Tensor
     squared: Tensor
     rho: Tensor
+    code_error: Tensor
     head_scale: Tensor
     head_norm: Tensor
     head_error: Tensor
-    code_error: Tensor
     low: Tensor
     high: Tensor
 
@@ -157,7 +157,7 @@ def build(rows: np.ndarray, projection: Projection) -> Index:
     low, high = np.sqrt(low + 1e-12 * squared), np.sqrt(high + 1e-12 * squared)
     head_error, code_error = head_error + 1e-12 * np.sqrt(squared), code_error + 1e-12 * np.sqrt(squared)
     with np.errstate(over="ignore"):
-        rho = np.nextafter(high.astype(np.float32), np.float32(np.inf))
+        rho, code_error = (np.nextafter(v.astype(np.float32), np.float32(np.inf)) for v in (high, code_error))
         squared = squared.astype(np.float32)
 
     def filled(values: np.ndarray, blank: float) -> np.ndarray:
@@ -173,8 +173,9 @@ def build(rows: np.ndarray, projection: Projection) -> Index:
                 filled(scale, 1),
                 filled(squared, np.inf),
                 filled(rho, 0),
+                filled(code_error, 0),
                 head_scale,
-                *(filled(v, 0).reshape(cells, size).max(1) for v in (head_norm, head_error, code_error, low, high)),
+                *(filled(v, 0).reshape(cells, size).max(1) for v in (head_norm, head_error, low, high)),
             ),
         )
     )

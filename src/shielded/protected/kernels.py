@@ -7,6 +7,8 @@ instruction take a plain loop.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from llvmlite import binding, ir
 from numba import float32, int32, njit, types
@@ -19,12 +21,81 @@ _MOST = 1 << 15  # products of bytes that are added in int32
 _PIECE = 256  # rows whose products with heads stay in a processor's cache
 
 
+class Rows(NamedTuple):
+    """An index of a shard: see `index.Index`."""
+
+    head: np.ndarray
+    codes: np.ndarray
+    scale: np.ndarray
+    squared: np.ndarray
+    rho: np.ndarray
+    error: np.ndarray
+
+
+class Known(NamedTuple):
+    """What is known of n rows.
+
+    Args:
+        products: (n, S) float32, y·t.
+        anchor: (n, S / LANES) uint8, which y that is.
+    """
+
+    products: np.ndarray
+    anchor: np.ndarray
+
+
+class Heads(NamedTuple):
+    """2 u · head_scale for S queries u: `step` · (254 · coarse + fine).
+
+    Args:
+        blocks: `blocks` of the coarse codes and then of the fine ones.
+        shift: (2, S) int32, their `shifts`.
+        step: (S,) float32.
+    """
+
+    blocks: np.ndarray
+    shift: np.ndarray
+    step: np.ndarray
+
+
+class Terms(NamedTuple):
+    """For each y that is kept, and at last for none: float32.
+
+    Args:
+        common: (kept + 1, S), or (cells, kept + 1, S), what is added to a bound.
+        factor: (kept + 1, S) of y·t.
+        high: (kept + 1, S), factor of ρ.
+        doubt: (kept + 1, S), factor of the error of the codes.
+    """
+
+    common: np.ndarray
+    factor: np.ndarray
+    high: np.ndarray
+    doubt: np.ndarray
+
+
+class Queries(NamedTuple):
+    """The whole of S queries.
+
+    Args:
+        turn: which y they are.
+        blocks: `blocks` of their codes.
+        shift: (S,) int64, `shifts` of these.
+        step: (S,) float32, what one of these stands for.
+    """
+
+    turn: int
+    blocks: np.ndarray
+    shift: np.ndarray
+    step: np.ndarray
+
+
 def blocks(codes: np.ndarray) -> np.ndarray:
-    """Codes (S, dim) of queries as `search` wants them: (S / LANES, dim / BLOCK, LANES, BLOCK), filled up with 0."""
-    queries, dim = codes.shape
-    filled = np.zeros((queries, -(-dim // BLOCK) * BLOCK), np.int8)
-    filled[:, :dim] = codes
-    return np.ascontiguousarray(filled.reshape(queries // LANES, LANES, -1, BLOCK).swapaxes(1, 2))
+    """Codes (..., S, dim) as `search` wants them: (..., S / LANES, dim / BLOCK, LANES, BLOCK), filled up with 0."""
+    *others, queries, dim = codes.shape
+    filled = np.zeros((*others, queries, -(-dim // BLOCK) * BLOCK), np.int8)
+    filled[..., :dim] = codes
+    return np.ascontiguousarray(filled.reshape(*others, queries // LANES, LANES, -1, BLOCK).swapaxes(-3, -2))
 
 
 def _width() -> int:
@@ -125,23 +196,24 @@ def _vector_products(width: int):
 
 
 @intrinsic
-def _combine(typing, squared, rho, steps, sums, bounds, products, cheap, lower):
-    """Bounds of LANES queries for one row, all at once. Addresses of
+def _combine(typing, squared, rho, error, sums, steps, terms, products, top, cheap, least):
+    """Bounds of LANES queries for one row, all at once; bits say which of them are not above `top`.
 
-    - steps: head_step, float32, and `shifts` of coarse and fine sums, int32, one after the other;
-    - sums: coarse and fine ones, int32;
-    - bounds: common, factor and high, float32;
-    - products, and where ‖z‖² − 2 u·p and the bounds go, float32.
+    Args:
+        squared, rho, error: float32, of the row.
+        sums: addresses of coarse and fine ones, int32.
+        steps: addresses of `shift` of both, int32, and of `step` of `Heads`.
+        terms: addresses of those of `Terms`.
+        products, top: addresses.
+        cheap: address where ‖z‖² − 2 u·p is put.
+        least: address of the least bounds so far.
     """
-    address = types.UniTuple(types.uintp, 3)
-    signature = types.void(
-        types.float32, types.float32, address, types.UniTuple(types.uintp, 2), address, types.uintp, types.uintp,
-        types.uintp,
-    )  # fmt: skip
+    two, three, four = (types.UniTuple(types.uintp, count) for count in (2, 3, 4))
+    signature = types.int64(*[types.float32] * 3, two, three, four, *[types.uintp] * 4)
 
     def generate(context, builder, signature, arguments):
         real, lane = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
-        squared, rho, steps, sums, bounds, products, cheap, lower = arguments
+        squared, rho, error, sums, steps, terms, products, top, cheap, least = arguments
 
         def every(value):
             one = builder.insert_element(ir.Constant(real, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
@@ -153,7 +225,7 @@ def _combine(typing, squared, rho, steps, sums, bounds, products, cheap, lower):
         def store(value, address):
             builder.store(value, builder.inttoptr(address, real.as_pointer()), align=4)
 
-        step, *shifts = cgutils.unpack_tuple(builder, steps)
+        *shifts, step = cgutils.unpack_tuple(builder, steps)
         coarse, fine = (
             builder.sitofp(builder.sub(load(total, lane), load(shift, lane)), real)
             for total, shift in zip(cgutils.unpack_tuple(builder, sums), shifts, strict=True)
@@ -161,10 +233,15 @@ def _combine(typing, squared, rho, steps, sums, bounds, products, cheap, lower):
         inner = builder.fadd(builder.fmul(coarse, ir.Constant(real, [254.0] * LANES)), fine)
         value = builder.fsub(every(squared), builder.fmul(load(step), inner))
         store(value, cheap)
-        common, factor, high = (load(part) for part in cgutils.unpack_tuple(builder, bounds))
-        known = builder.fadd(builder.fmul(factor, load(products)), builder.fmul(high, every(rho)))
-        store(builder.fadd(builder.fadd(value, known), common), lower)
-        return context.get_dummy_value()
+        common, factor, high, doubt = (load(part) for part in cgutils.unpack_tuple(builder, terms))
+        unknown = builder.fadd(builder.fmul(high, every(rho)), builder.fmul(doubt, every(error)))
+        known = builder.fadd(value, builder.fmul(factor, load(products)))
+        lower = builder.fadd(builder.fadd(known, unknown), common)
+        before = load(least)
+        store(builder.select(builder.fcmp_ordered("<", lower, before), lower, before), least)
+        # Unordered: NaN, where something overflowed, is not above anything.
+        risk = builder.fcmp_unordered("<=", lower, load(top))
+        return builder.zext(builder.bitcast(risk, ir.IntType(LANES)), ir.IntType(64))
 
     return signature, generate
 
@@ -200,9 +277,9 @@ _OFFSET = 128 if _WIDTH else 0
 
 
 def shifts(codes: np.ndarray) -> np.ndarray:
-    """What to take off the sums of these queries (S, dim)."""
-    whole = codes.shape[1] // BLOCK * BLOCK
-    return _OFFSET * codes[:, :whole].astype(np.int64).sum(1)
+    """What to take off the sums of these queries (..., S, dim)."""
+    whole = codes.shape[-1] // BLOCK * BLOCK
+    return _OFFSET * codes[..., :whole].sum(-1, dtype=np.int64)
 
 
 @njit(nogil=True)
@@ -240,112 +317,106 @@ def _head_products(head, first, count, heads, sums):
 
 
 @njit(nogil=True)
-def bounds(
-    first, head, squared, rho, products, anchor, heads, head_shift, head_step, common, factor, high, cheap, lower
-):
-    """Lower bounds of the squared distances to the rows from `first` on, as far as products are known.
+def bounds(first, rows, known, heads, terms, top, cheap, risky, least):
+    """Looks at the rows of a cell, as far as products are known.
 
     Args:
-        first: row of the shard.
-        head, squared, rho: those of its index.
-        products: (n, S) y·t with the query y that `anchor` (n, S / LANES) says.
-        heads, head_shift: `blocks`, and `shifts` as (2, S), of 2 u · head_scale / head_step: the 254ths, and the rest.
-        head_step: (S,)
-        common, factor, high: (kept + 1, S) what is added, and the factors of y·t and ρ, for each y.
+        first: the first of them.
+        rows: `Rows`.
+        known: `Known`.
+        heads: `Heads`.
+        terms: `Terms` of this cell.
+        top: (S,) squared distances; what is certainly farther is ruled out.
         cheap: (m, S) is set to ‖z‖² − 2 u·p.
-        lower: (m, S) is set to the bounds.
+        risky: (m · S / LANES,) is filled with row · S / LANES + group, where a group of queries has one that is not
+            ruled out. Rows are counted from `first`.
+        least: (S,) is set to the least bounds.
+
+    Returns:
+        How many are risky.
     """
-    groups, slots = anchor.shape[1], products.shape[1]
-    sums = np.empty((min(_PIECE, len(lower)), 2, slots), np.int32)
-    for start in range(0, len(lower), _PIECE):
-        count = min(_PIECE, len(lower) - start)
-        _head_products(head, first + start, count, heads, sums)
+    groups, slots = known.anchor.shape[1], known.products.shape[1]
+    sums = np.empty((min(_PIECE, len(cheap)), 2, slots), np.int32)
+    least[:] = np.inf
+    found = 0
+    for start in range(0, len(cheap), _PIECE):
+        count = min(_PIECE, len(cheap) - start)
+        _head_products(rows.head, first + start, count, heads.blocks, sums)
         for i in range(count):
             row = first + start + i
             for group in range(groups):
                 own = 4 * LANES * group
-                here = 4 * slots * (start + i) + own
-                y = 4 * slots * anchor[row, group] + own
-                _combine(
-                    squared[row],
-                    rho[row],
-                    (head_step.ctypes.data + own, head_shift[0].ctypes.data + own, head_shift[1].ctypes.data + own),
-                    (sums[i, 0].ctypes.data + own, sums[i, 1].ctypes.data + own),
-                    (common.ctypes.data + y, factor.ctypes.data + y, high.ctypes.data + y),
-                    products.ctypes.data + 4 * slots * row + own,
-                    cheap.ctypes.data + here,
-                    lower.ctypes.data + here,
+                y = 4 * slots * known.anchor[row, group] + own
+                risk = _combine(
+                    rows.squared[row],
+                    rows.rho[row],
+                    rows.error[row],
+                    (sums.ctypes.data + 8 * slots * i + own, sums.ctypes.data + 8 * slots * i + 4 * slots + own),
+                    (
+                        heads.shift.ctypes.data + own,
+                        heads.shift.ctypes.data + 4 * slots + own,
+                        heads.step.ctypes.data + own,
+                    ),
+                    (
+                        terms.common.ctypes.data + y,
+                        terms.factor.ctypes.data + y,
+                        terms.high.ctypes.data + y,
+                        terms.doubt.ctypes.data + y,
+                    ),
+                    known.products.ctypes.data + 4 * slots * row + own,
+                    top.ctypes.data + own,
+                    cheap.ctypes.data + 4 * slots * (start + i) + own,
+                    least.ctypes.data + own,
                 )
+                risky[found] = (start + i) * groups + group
+                found += risk != 0
+    return found
 
 
 @njit(nogil=True)
-def search(
-    needed, head, codes, scale, squared, rho, products, anchor, heads, head_shift, head_step, common, factor, high,
-    turn, queries, shift, step, top, nearest, query_found, row_found, lower_found,
-):  # fmt: skip
+def search(needed, rows, known, heads, terms, queries, top, nearest, query_found, row_found, lower_found):
     """Finds what cannot be ruled out in the cells of a shard, and reads the codes of rows that cannot be without.
 
     Args:
         needed: (c,) bool, which cells.
-        head, codes, scale, squared, rho: those of the index.
-        products, anchor: what is known of the rows, see `bounds`; brought up to date.
-        heads, head_shift, head_step, factor, high: see `bounds`.
-        common: (c, kept + 1, S) for each cell.
-        turn: the y that these queries are.
-        queries, shift, step: `blocks` and `shifts` of their codes, and (S,) float32 what one of these stands for.
+        rows: `Rows`.
+        known: `Known`, which is brought up to date.
+        heads: `Heads`.
+        terms: `Terms` of all cells.
+        queries: `Queries`.
         top: (c, S) squared distances; what is certainly farther is ruled out.
-        nearest: (c, S) is set to the least bound in each cell, −inf where something overflowed.
-        query_found, row_found, lower_found: (n · S,) are filled with what cannot be ruled out, and its bounds.
+        nearest: (c, S) is set to the least bound in each cell, −inf in one that had to be looked at more closely.
+        query_found: (n · S,) int32, and
+        row_found: (n · S,) int32, are filled with what cannot be ruled out, and
+        lower_found: (n · S,) float32, with its bounds.
 
     Returns:
         How much that is.
     """
-    size, slots = len(head) // len(needed), len(step)
-    cheap, lower = np.empty((size, slots), np.float32), np.empty((size, slots), np.float32)
-    risky = np.empty(size, np.int64)
+    size, slots, turn = len(rows.head) // len(needed), len(queries.step), queries.turn
+    groups = slots // LANES
+    cheap, risky = np.empty((size, slots), np.float32), np.empty(size * groups + 1, np.int64)
     sums, totals = np.empty((1, LANES), np.int32), np.empty(LANES, np.int64)
     found = 0
     for cell in range(len(needed)):
         if not needed[cell]:
             continue
         first = cell * size
-        bounds(
-            first, head, squared, rho, products, anchor, heads, head_shift, head_step, common[cell], factor, high,
-            cheap, lower,
-        )  # fmt: skip
-        count = 0
-        for i in range(size):
-            risk = False
-            for query in range(slots):
-                risk |= not lower[i, query] > top[cell, query]  # NaN, where something overflowed, is a risk
-            risky[count] = i
-            count += risk
+        own = Terms(terms.common[cell], terms.factor, terms.high, terms.doubt)
+        count = bounds(first, rows, known, heads, own, top[cell], cheap, risky, nearest[cell])
+        if count:
+            nearest[cell] = -np.inf
         for j in range(count):
-            i = risky[j]
-            row, following = first + i, first + risky[min(j + 1, count - 1)]
-            for group in range(slots // LANES):
-                start = group * LANES
-                risk = False
-                for query in range(start, start + LANES):
-                    risk |= not lower[i, query] > top[cell, query]
-                if not risk:
-                    continue
-                _products(codes, row, following, queries, group, sums, totals)
-                anchor[row, group] = turn
-                for query in range(start, start + LANES):
-                    product = float32(totals[query - start] - shift[query]) * step[query] * scale[row]
-                    products[row, query] = product
-                    known = factor[turn, query] * product + high[turn, query] * rho[row]
-                    lower[i, query] = cheap[i, query] + known + common[cell, turn, query]
-                    if not lower[i, query] > top[cell, query]:
-                        query_found[found], row_found[found] = query, row
-                        lower_found[found] = lower[i, query]
-                        found += 1
-        for query in range(slots):
-            least = np.float32(np.inf)
-            for i in range(size):
-                value = lower[i, query]
-                if not value >= least:
-                    least = value if value < least else np.float32(-np.inf)
-            nearest[cell, query] = least
+            i, group = divmod(risky[j], groups)
+            row, following = first + i, first + risky[min(j + 1, count - 1)] // groups
+            _products(rows.codes, row, following, queries.blocks, group, sums, totals)
+            known.anchor[row, group] = turn
+            for k in range(LANES):
+                query = group * LANES + k
+                product = float32(totals[k] - queries.shift[query]) * queries.step[query] * rows.scale[row]
+                known.products[row, query] = product
+                rest = own.high[turn, query] * rows.rho[row] + own.doubt[turn, query] * rows.error[row]
+                lower = cheap[i, query] + own.factor[turn, query] * product + rest + own.common[turn, query]
+                query_found[found], row_found[found], lower_found[found] = query, row, lower
+                found += not lower > top[cell, query]
     return found

@@ -30,8 +30,9 @@ import torch
 
 from . import kernels
 from .index import Index, Projection
-from .kernels import LANES
+from .kernels import LANES, Heads, Known, Queries, Rows, Terms
 
+_ROWS = "head", "codes", "scale", "squared", "rho", "code_error"
 _KEPT = 32  # earlier queries that are remembered, at most
 _RING = 1 << 23  # numbers that these may have
 _TAME = 1e15  # longer vectors would overflow in float32; they are always measured
@@ -73,8 +74,10 @@ class Pruned:
         self._shard = np.repeat(np.arange(len(indexes)), cells)
         self._first_cell = np.cumsum([0, *cells])
         self._first_row = np.cumsum([0, *(len(index.order) for index in indexes)])
-        names = ("head_norm", "head_error", "code_error", "low", "high")
+        names = ("head_norm", "head_error", "low", "high")
         self._most = {name: np.concatenate([getattr(index, name).numpy() for index in indexes]) for name in names}
+        self._rows = [Rows(*(getattr(index, name).numpy() for name in _ROWS)) for index in indexes]
+        self._most["code_error"] = np.concatenate([index.code_error.view(-1, index.size).amax(1) for index in indexes])
         self._norm = np.hypot(self._most["low"], self._most["high"])
         self._head_scales = np.stack([index.head_scale.numpy() for index in indexes])
         self._remember(0)
@@ -176,6 +179,10 @@ class Pruned:
     def _cells(self, shard: int) -> slice:
         return slice(*self._first_cell[shard : shard + 2])
 
+    def _known(self, shard: int) -> Known:
+        rows = slice(*self._first_row[shard : shard + 2])
+        return Known(self._products[rows], self._anchor[rows])
+
     def _stored(self, shard: int) -> np.ndarray:
         """The stored row of each row of an index; those of blank rows mean nothing."""
         return self._starts[shard] + self._indexes[shard].order.numpy().astype(np.int64)
@@ -203,15 +210,15 @@ class _View:
         found._seen[found._seen == self._turn] = found._kept
         found._anchor[found._anchor == self._turn] = found._kept
         step = np.abs(self._x).max(1) / 126
-        self._step = np.where(step > 0, step, 1.0).astype(np.float32)
-        step = self._step.astype(np.float64)[:, None]
+        steps = np.where(step > 0, step, 1.0).astype(np.float32)
+        step = steps.astype(np.float64)[:, None]
         codes = np.rint(self._x / step)
         found._x[self._turn], found._u[self._turn] = self._x, self._u
         found._y[self._turn], found._y_u[self._turn] = codes * step, found._projection.down(codes * step)
         codes = codes.astype(np.int8)
-        self._blocks, self._shifts = kernels.blocks(codes), kernels.shifts(codes)
+        self._queries = Queries(self._turn, kernels.blocks(codes), kernels.shifts(codes), steps)
 
-    def _quantised_heads(self) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray]:
+    def _quantised_heads(self) -> tuple[list[Heads], np.ndarray]:
         """2 u · head_scale for each shard, as `kernels.bounds` wants it, and by how much products with the heads are off.
 
         That is (cells, S).
@@ -225,17 +232,12 @@ class _View:
         codes = np.concatenate([coarse, whole - 254 * coarse], axis=1).astype(np.int8)
         off = np.linalg.norm(scaled - whole * step[..., None], axis=2)
         off += 2.0**-21 * np.linalg.norm(scaled, axis=2)  # the product in float32
-        heads = [
-            (kernels.blocks(c), kernels.shifts(c).reshape(2, -1).astype(np.int32), s)
-            for c, s in zip(codes, step.astype(np.float32), strict=True)
-        ]
-        return heads, off[found._shard] * found._most["head_norm"][:, None] * _UP
+        shift = kernels.shifts(codes).astype(np.int32).reshape(len(codes), 2, -1)
+        parts = zip(kernels.blocks(codes), shift, step.astype(np.float32), strict=True)
+        return [Heads(*part) for part in parts], off[found._shard] * found._most["head_norm"][:, None] * _UP
 
-    def _by_products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What to add, and the factors of y·t and ρ, for each y that is remembered and at last for y = 0.
-
-        That is (cells, kept + 1, S) and twice (kept + 1, S). x = c y + w.
-        """
+    def _by_products(self) -> Terms:
+        """Of all cells. x = c y + w."""
         found = self._found
         inner, energy = np.einsum("jsd,sd->js", found._y, self._x), np.square(found._y).sum(2)
         c = inner / np.where(energy > 0, energy, 1)
@@ -244,18 +246,19 @@ class _View:
         none = np.zeros((1, len(self._squared)))
         c, length = np.concatenate([c, none]), np.sqrt(np.concatenate([energy, none]))
         w, low = np.concatenate([w, none + self._squared]), np.concatenate([low, none + self._low])
-        low, high = _roots(low, w, self._squared + c**2 * length**2)
+        low, high = _roots(low, w, self._squared + np.square(c * length))
 
         most, norm = found._most, found._norm[:, None]
         size = np.sqrt(self._squared) + norm
-        code_error = most["code_error"] + 2.0**-21 * (2 * found._norm + most["code_error"])  # for each ‖y‖
-        unsure = (np.abs(c) * length * _UP) * code_error[:, None, None] + low * most["head_error"][:, None, None]
+        length = np.abs(c) * length * _UP
+        rounding = 2.0**-21 * (2 * found._norm + most["code_error"])  # of y·t, in float32, for each ‖y‖
+        unsure = length * rounding[:, None, None] + low * most["head_error"][:, None, None]
         # The last two terms: about ten operations in float32, on numbers of at most twice that size; underflow.
         common = -2 * unsure
         common += (self._squared - self._head_rounding - 2.0**-19 * size**2 - 1e-36)[:, None]
         common[np.broadcast_to((size > _TAME)[:, None], common.shape)] = -np.inf
         with np.errstate(over="ignore"):
-            return _below(common), (-2 * c).astype(np.float32), (-2 * high).astype(np.float32)
+            return Terms(_below(common), *((-2 * part).astype(np.float32) for part in (c, high, length)))
 
     def unseen(self) -> np.ndarray:
         """Lower bounds (cells, S) of the squared distances to all rows of a cell, from when it was last looked at."""
@@ -272,25 +275,20 @@ class _View:
 
     def search(self, shard: int, needed: np.ndarray, top: np.ndarray) -> tuple[np.ndarray, ...]:
         """Slot, row of the index and lower bound of what is not above `top` (c, S) in the cells of a shard."""
-        found, index, rows = self._found, self._found._indexes[shard], self._rows(shard)
-        common, factor, high = self._terms
-        pairs = len(index.order) * len(self._step)
+        found, rows = self._found, self._found._rows[shard]
+        pairs = len(rows.head) * len(self._queries.step) + 1
         slot, row, lower = np.empty(pairs, np.int32), np.empty(pairs, np.int32), np.empty(pairs, np.float32)
+        cells = found._cells(shard)
+        terms = self._terms._replace(common=self._terms.common[cells])
         count = kernels.search(
             needed,
-            *(part.numpy() for part in (index.head, index.codes, index.scale, index.squared, index.rho)),
-            found._products[rows],
-            found._anchor[rows],
-            *self._heads[shard],
-            common[found._cells(shard)],
-            factor,
-            high,
-            self._turn,
-            self._blocks,
-            self._shifts,
-            self._step,
+            rows,
+            found._known(shard),
+            self._heads[shard],
+            terms,
+            self._queries,
             top,
-            found._nearest[found._cells(shard)],
+            found._nearest[cells],
             slot,
             row,
             lower,
@@ -299,27 +297,12 @@ class _View:
 
     def heads(self, shard: int) -> np.ndarray:
         """‖z‖² − 2 u·p for all rows of a shard, (n, S)."""
-        found, index, rows = self._found, self._found._indexes[shard], self._rows(shard)
-        common, factor, high = self._terms
-        cheap = np.empty((len(index.order), len(self._step)), np.float32)
-        for cell, first in enumerate(range(0, len(cheap), index.size)):
-            part = cheap[first : first + index.size]
-            kernels.bounds(
-                first,
-                *(values.numpy() for values in (index.head, index.squared, index.rho)),
-                found._products[rows],
-                found._anchor[rows],
-                *self._heads[shard],
-                common[found._first_cell[shard] + cell],
-                factor,
-                high,
-                part,
-                np.empty_like(part),
-            )
+        rows, known = self._found._rows[shard], self._found._known(shard)
+        slots = known.products.shape[1]
+        terms, none = self._terms._replace(common=self._terms.common[0]), np.full(slots, -np.inf, np.float32)
+        cheap, risky = np.empty((len(rows.head), slots), np.float32), np.empty(len(rows.head) * slots + 1, np.int64)
+        kernels.bounds(0, rows, known, self._heads[shard], terms, none, cheap, risky, none.copy())
         return cheap
-
-    def _rows(self, shard: int) -> slice:
-        return slice(*self._found._first_row[shard : shard + 2])
 
 
 def _below(values: np.ndarray) -> np.ndarray:
