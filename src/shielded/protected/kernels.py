@@ -195,55 +195,85 @@ def _vector_products(width: int):
     return multiply
 
 
+def _lanes(builder):
+    """Loads, stores and copies of LANES numbers."""
+    real, lane = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+
+    def load(address, kind=real):
+        return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+    def store(value, address):
+        builder.store(value, builder.inttoptr(address, real.as_pointer()), align=4)
+
+    def every(value):
+        one = builder.insert_element(ir.Constant(real, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(one, one, ir.Constant(lane, None))
+
+    return real, lane, load, store, every
+
+
 @intrinsic
-def _combine(typing, squared, rho, error, sums, steps, terms, products, top, cheap, least):
-    """Bounds of LANES queries for one row, all at once; bits say which of them are not above `top`.
+def _rough(typing, squared, sums, shifts, step, rough):
+    """‖z‖² − 2 u·p of one row for LANES queries.
 
     Args:
-        squared, rho, error: float32, of the row.
-        sums: addresses of coarse and fine ones, int32.
-        steps: addresses of `shift` of both, int32, and of `step` of `Heads`.
-        terms: addresses of those of `Terms`.
-        products, top: addresses.
-        cheap: address where ‖z‖² − 2 u·p is put.
-        least: address of the least bounds so far.
+        typing: of Numba.
+        squared: float32, of the row.
+        sums: addresses of the coarse sums and the fine ones, int32.
+        shifts: of both, addresses.
+        step: address.
+        rough: address of what is set.
     """
-    two, three, four = (types.UniTuple(types.uintp, count) for count in (2, 3, 4))
-    signature = types.int64(*[types.float32] * 3, two, three, four, *[types.uintp] * 4)
+    two = types.UniTuple(types.uintp, 2)
 
     def generate(context, builder, signature, arguments):
-        real, lane = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
-        squared, rho, error, sums, steps, terms, products, top, cheap, least = arguments
-
-        def every(value):
-            one = builder.insert_element(ir.Constant(real, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            return builder.shuffle_vector(one, one, ir.Constant(lane, None))
-
-        def load(address, kind=real):
-            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
-
-        def store(value, address):
-            builder.store(value, builder.inttoptr(address, real.as_pointer()), align=4)
-
-        *shifts, step = cgutils.unpack_tuple(builder, steps)
+        real, lane, load, store, every = _lanes(builder)
+        squared, sums, shifts, step, rough = arguments
         coarse, fine = (
             builder.sitofp(builder.sub(load(total, lane), load(shift, lane)), real)
-            for total, shift in zip(cgutils.unpack_tuple(builder, sums), shifts, strict=True)
+            for total, shift in zip(*(cgutils.unpack_tuple(builder, pair) for pair in (sums, shifts)), strict=True)
         )
         inner = builder.fadd(builder.fmul(coarse, ir.Constant(real, [254.0] * LANES)), fine)
-        value = builder.fsub(every(squared), builder.fmul(load(step), inner))
-        store(value, cheap)
+        store(builder.fsub(every(squared), builder.fmul(load(step), inner)), rough)
+        return context.get_dummy_value()
+
+    return types.void(types.float32, two, two, types.uintp, types.uintp), generate
+
+
+@intrinsic
+def _bounds(typing, rho, error, rough, terms, products, top, lower, least):
+    """Lower bounds for one row and LANES queries.
+
+    Args:
+        typing: of Numba.
+        rho: float32, of the row.
+        error: float32, of the row.
+        rough: address of ‖z‖² − 2 u·p.
+        terms: addresses of those of `Terms`.
+        products: address.
+        top: address.
+        lower: address of the bounds, which are set.
+        least: address of the least bounds so far, which are brought up to date.
+
+    Returns:
+        A bit for each query, which is set if the bound is not above `top`.
+    """
+    four = types.UniTuple(types.uintp, 4)
+
+    def generate(context, builder, signature, arguments):
+        _, _, load, store, every = _lanes(builder)
+        rho, error, rough, terms, products, top, lower, least = arguments
         common, factor, high, doubt = (load(part) for part in cgutils.unpack_tuple(builder, terms))
         unknown = builder.fadd(builder.fmul(high, every(rho)), builder.fmul(doubt, every(error)))
-        known = builder.fadd(value, builder.fmul(factor, load(products)))
-        lower = builder.fadd(builder.fadd(known, unknown), common)
-        before = load(least)
-        store(builder.select(builder.fcmp_ordered("<", lower, before), lower, before), least)
+        known = builder.fadd(load(rough), builder.fmul(factor, load(products)))
+        bound, before = builder.fadd(builder.fadd(known, unknown), common), load(least)
+        store(bound, lower)
+        store(builder.select(builder.fcmp_ordered("<", bound, before), bound, before), least)
         # Unordered: NaN, where something overflowed, is not above anything.
-        risk = builder.fcmp_unordered("<=", lower, load(top))
+        risk = builder.fcmp_unordered("<=", bound, load(top))
         return builder.zext(builder.bitcast(risk, ir.IntType(LANES)), ir.IntType(64))
 
-    return signature, generate
+    return types.int64(*[types.float32] * 2, types.uintp, four, *[types.uintp] * 4), generate
 
 
 _WIDTH = _width()
@@ -283,19 +313,24 @@ def shifts(codes: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True)
-def _products(codes, row, following, queries, group, sums, totals):
-    """∑ row · query for LANES queries, exact up to what `shifts` takes off."""
-    dim = codes.shape[1]
+def _inner(codes, row, following, queries, group, sums, inner):
+    """Codes of a row · codes of LANES queries, rounded to float32 once."""
+    dim, start = codes.shape[1], group * LANES
     whole, step = dim // BLOCK, _MOST // BLOCK
-    totals[:] = 0
-    for first in range(0, whole, step):
-        _whole_blocks(codes, row, following, queries, group, first, min(first + step, whole), sums, 0)
-        for query in range(LANES):
-            totals[query] += sums[0, query]
-    if whole * BLOCK < dim:
-        _by_loops(codes, row, following, queries, group, whole, whole + 1, sums, 0)
-        for query in range(LANES):
-            totals[query] += sums[0, query]
+    if whole * BLOCK == dim and whole <= step:
+        _whole_blocks(codes, row, following, queries.blocks, group, 0, whole, sums, 0)
+        for k in range(LANES):
+            inner[k] = float32(sums[0, k] - queries.shift[start + k])
+    else:
+        totals = -queries.shift[start : start + LANES]
+        for first in range(0, whole, step):
+            _whole_blocks(codes, row, following, queries.blocks, group, first, min(first + step, whole), sums, 0)
+            totals += sums[0]
+        if whole * BLOCK < dim:
+            _by_loops(codes, row, following, queries.blocks, group, whole, whole + 1, sums, 0)
+            totals += sums[0]
+        for k in range(LANES):
+            inner[k] = float32(totals[k])
 
 
 @njit(nogil=True)
@@ -317,7 +352,17 @@ def _head_products(head, first, count, heads, sums):
 
 
 @njit(nogil=True)
-def bounds(first, rows, known, heads, terms, top, cheap, risky, least):
+def _at(terms, offset):
+    return (
+        terms.common.ctypes.data + offset,
+        terms.factor.ctypes.data + offset,
+        terms.high.ctypes.data + offset,
+        terms.doubt.ctypes.data + offset,
+    )
+
+
+@njit(nogil=True)
+def bounds(first, rows, known, heads, terms, top, rough, risky, least):
     """Looks at the rows of a cell, as far as products are known.
 
     Args:
@@ -327,48 +372,45 @@ def bounds(first, rows, known, heads, terms, top, cheap, risky, least):
         heads: `Heads`.
         terms: `Terms` of this cell.
         top: (S,) squared distances; what is certainly farther is ruled out.
-        cheap: (m, S) is set to ‖z‖² − 2 u·p.
-        risky: (m · S / LANES,) is filled with row · S / LANES + group, where a group of queries has one that is not
-            ruled out. Rows are counted from `first`.
+        rough: (m, S) is set to ‖z‖² − 2 u·p.
+        risky: (m · S / LANES + 1, 2) is filled with row and group, where a group of queries has one that is not ruled
+            out. Rows are counted from `first`.
         least: (S,) is set to the least bounds.
 
     Returns:
         How many are risky.
     """
     groups, slots = known.anchor.shape[1], known.products.shape[1]
-    sums = np.empty((min(_PIECE, len(cheap)), 2, slots), np.int32)
+    sums, lower = np.empty((min(_PIECE, len(rough)), 2, slots), np.int32), np.empty(LANES, np.float32)
     least[:] = np.inf
     found = 0
-    for start in range(0, len(cheap), _PIECE):
-        count = min(_PIECE, len(cheap) - start)
+    for start in range(0, len(rough), _PIECE):
+        count = min(_PIECE, len(rough) - start)
         _head_products(rows.head, first + start, count, heads.blocks, sums)
         for i in range(count):
             row = first + start + i
             for group in range(groups):
                 own = 4 * LANES * group
-                y = 4 * slots * known.anchor[row, group] + own
-                risk = _combine(
+                here = rough.ctypes.data + 4 * slots * (start + i) + own
+                coarse, shift = sums.ctypes.data + 8 * slots * i + own, heads.shift.ctypes.data + own
+                _rough(
                     rows.squared[row],
+                    (coarse, coarse + 4 * slots),
+                    (shift, shift + 4 * slots),
+                    heads.step.ctypes.data + own,
+                    here,
+                )
+                risk = _bounds(
                     rows.rho[row],
                     rows.error[row],
-                    (sums.ctypes.data + 8 * slots * i + own, sums.ctypes.data + 8 * slots * i + 4 * slots + own),
-                    (
-                        heads.shift.ctypes.data + own,
-                        heads.shift.ctypes.data + 4 * slots + own,
-                        heads.step.ctypes.data + own,
-                    ),
-                    (
-                        terms.common.ctypes.data + y,
-                        terms.factor.ctypes.data + y,
-                        terms.high.ctypes.data + y,
-                        terms.doubt.ctypes.data + y,
-                    ),
+                    here,
+                    _at(terms, 4 * slots * known.anchor[row, group] + own),
                     known.products.ctypes.data + 4 * slots * row + own,
                     top.ctypes.data + own,
-                    cheap.ctypes.data + 4 * slots * (start + i) + own,
+                    lower.ctypes.data,
                     least.ctypes.data + own,
                 )
-                risky[found] = (start + i) * groups + group
+                risky[found, 0], risky[found, 1] = start + i, group
                 found += risk != 0
     return found
 
@@ -393,30 +435,38 @@ def search(needed, rows, known, heads, terms, queries, top, nearest, query_found
     Returns:
         How much that is.
     """
-    size, slots, turn = len(rows.head) // len(needed), len(queries.step), queries.turn
-    groups = slots // LANES
-    cheap, risky = np.empty((size, slots), np.float32), np.empty(size * groups + 1, np.int64)
-    sums, totals = np.empty((1, LANES), np.int32), np.empty(LANES, np.int64)
+    size, slots = len(rows.head) // len(needed), len(queries.step)
+    rough, risky = np.empty((size, slots), np.float32), np.empty((size * slots // LANES + 1, 2), np.int64)
+    sums, inner, lower = np.empty((1, LANES), np.int32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     found = 0
     for cell in range(len(needed)):
         if not needed[cell]:
             continue
         first = cell * size
         own = Terms(terms.common[cell], terms.factor, terms.high, terms.doubt)
-        count = bounds(first, rows, known, heads, own, top[cell], cheap, risky, nearest[cell])
+        count = bounds(first, rows, known, heads, own, top[cell], rough, risky, nearest[cell])
         if count:
             nearest[cell] = -np.inf
         for j in range(count):
-            i, group = divmod(risky[j], groups)
-            row, following = first + i, first + risky[min(j + 1, count - 1)] // groups
-            _products(rows.codes, row, following, queries.blocks, group, sums, totals)
-            known.anchor[row, group] = turn
+            i, group = risky[j]
+            row, following, start = first + i, first + risky[min(j + 1, count - 1), 0], group * LANES
+            _inner(rows.codes, row, following, queries, group, sums, inner)
+            known.anchor[row, group] = queries.turn
             for k in range(LANES):
-                query = group * LANES + k
-                product = float32(totals[k] - queries.shift[query]) * queries.step[query] * rows.scale[row]
-                known.products[row, query] = product
-                rest = own.high[turn, query] * rows.rho[row] + own.doubt[turn, query] * rows.error[row]
-                lower = cheap[i, query] + own.factor[turn, query] * product + rest + own.common[turn, query]
-                query_found[found], row_found[found], lower_found[found] = query, row, lower
-                found += not lower > top[cell, query]
+                known.products[row, start + k] = inner[k] * queries.step[start + k] * rows.scale[row]
+            risk = _bounds(
+                rows.rho[row],
+                rows.error[row],
+                rough.ctypes.data + 4 * (slots * i + start),
+                _at(own, 4 * (slots * queries.turn + start)),
+                known.products.ctypes.data + 4 * (slots * row + start),
+                top.ctypes.data + 4 * (slots * cell + start),
+                lower.ctypes.data,
+                inner.ctypes.data,
+            )
+            if risk:
+                for k in range(LANES):
+                    if risk >> k & 1:
+                        query_found[found], row_found[found], lower_found[found] = start + k, row, lower[k]
+                        found += 1
     return found

@@ -300,9 +300,12 @@ class _View:
         rows, known = self._found._rows[shard], self._found._known(shard)
         slots = known.products.shape[1]
         terms, none = self._terms._replace(common=self._terms.common[0]), np.full(slots, -np.inf, np.float32)
-        cheap, risky = np.empty((len(rows.head), slots), np.float32), np.empty(len(rows.head) * slots + 1, np.int64)
-        kernels.bounds(0, rows, known, self._heads[shard], terms, none, cheap, risky, none.copy())
-        return cheap
+        rough, risky = (
+            np.empty((len(rows.head), slots), np.float32),
+            np.empty((len(rows.head) * slots + 1, 2), np.int64),
+        )
+        kernels.bounds(0, rows, known, self._heads[shard], terms, none, rough, risky, none.copy())
+        return rough
 
 
 def _below(values: np.ndarray) -> np.ndarray:
