@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .kernels import padded
+
 FORMAT = "shielded-index-2"
 CELL = 2048  # rows that are ruled out or looked at more closely together, at most
 _HEAD = 128  # numbers in the head of a row, at most, if there are no more channels than that
@@ -84,7 +86,7 @@ class Index:
 
     Args:
         order: (n,) int32, the row of the shard that each row of the index stands for.
-        head: (n, size) int8; p = `head * head_scale`.
+        head: (n, size) int8; p = `head * head_scale`. Filled up with 0, as the codes are (`kernels.padded`).
         codes: (n, dim) int8; `codes * scale` is about t.
         scale: (n,) float32.
         squared: (n,) float32, ‖z‖² rounded.
@@ -132,7 +134,7 @@ def build(rows: np.ndarray, projection: Projection) -> Index:
     squared = squared[order]
     usual = order[squared <= 16 * squared[n // 2]]  # a few outliers shall not make it coarse for all
     head_scale = _head_scale(rows, usual, step, projection)
-    head, codes = np.zeros((cells * size, projection.size), np.int8), np.zeros((cells * size, dim), np.int8)
+    head, codes = (np.zeros((cells * size, padded(numbers)), np.int8) for numbers in (projection.size, dim))
     scale = np.ones(n, np.float32)
     head_norm, head_error, code_error, low, high = np.zeros((5, n))
     for start in range(0, n, step):
@@ -141,16 +143,16 @@ def build(rows: np.ndarray, projection: Projection) -> Index:
         u = projection.down(z)
         low[piece] = np.square(u).sum(1)
         high[piece] = np.maximum(squared[piece] - low[piece], 0)
-        head[piece] = np.clip(np.rint(u / head_scale), -127, 127)
-        p = head[piece] * head_scale
+        head[piece, : projection.size] = np.clip(np.rint(u / head_scale), -127, 127)
+        p = head[piece, : projection.size] * head_scale
         head_norm[piece] = np.linalg.norm(head[piece].astype(np.float64), axis=1)
         head_error[piece] = np.linalg.norm(u - p, axis=1)
         z -= projection.up(p)
         with np.errstate(over="ignore", under="ignore"):
             fine = (np.abs(z).max(1) / 126).astype(np.float32)  # not 127, so that no rounding leads beyond it
         fine[~(np.isfinite(fine) & (fine > 0))] = 1
-        codes[piece] = np.clip(np.rint(z / fine[:, None]), -127, 127)
-        z -= codes[piece] * fine[:, None].astype(np.float64)
+        codes[piece, :dim] = np.clip(np.rint(z / fine[:, None]), -127, 127)
+        z -= codes[piece, :dim] * fine[:, None].astype(np.float64)
         code_error[piece] = np.linalg.norm(z, axis=1)
         scale[piece] = fine
     # Sums of rounding errors in float64 are far below 1e-12 of what is summed.
@@ -220,8 +222,8 @@ def read(path: Path, rows: int, projection: Projection) -> Index | None:
         return None
     blank = len(index.order) - rows
     fits = 0 <= blank < len(index.low) and (index.codes.shape[1], index.head.shape[1]) == (
-        projection.dim,
-        projection.size,
+        padded(projection.dim),
+        padded(projection.size),
     )
     return index if fits else None
 

@@ -30,7 +30,8 @@ import torch
 
 from . import kernels
 from .index import Index, Projection
-from .kernels import LANES, Heads, Known, Queries, Rows, Terms
+from .kernels import Heads, Known, Queries, Rows, Terms
+from .simd import LANES
 
 _ROWS = "head", "codes", "scale", "squared", "rho", "code_error"
 _KEPT = 32  # earlier queries that are remembered, at most
@@ -96,16 +97,17 @@ class Pruned:
         self._products = np.zeros((self._first_row[-1], slots), np.float32)  # y·t
         self.neighbours = [np.empty(0, np.int64)] * slots
 
-    def assign(self, x: np.ndarray) -> np.ndarray:
-        """A slot for each query (B, dim): that of the nearest earlier query."""
+    def assign(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A slot for each query (B, dim), that of the nearest earlier query, and how far away that one is."""
         if len(x) > len(self.neighbours):
             self._remember(len(x))
         away = np.stack([np.square(self._x[self._turn] - query).sum(1) for query in x])
-        slots = np.empty(len(x), np.int64)
+        slots, moved = np.empty(len(x), np.int64), np.empty(len(x))
         for i in range(len(x)):
             slots[i] = np.nanargmin(away[i])
+            moved[i] = np.sqrt(away[i, slots[i]])
             away[:, slots[i]] = np.nan
-        return slots
+        return slots, moved
 
     def reach(self, x: np.ndarray, slots: np.ndarray, limit: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         """Everything that cannot be ruled out.
@@ -147,18 +149,16 @@ class Pruned:
     def guess(self, x: np.ndarray, slots: np.ndarray, k: int) -> list[np.ndarray]:
         """Some k stored rows for each query that may well be near."""
         view = _View(self, x, slots)
-        found = [(np.empty(0), np.empty(0, np.int64)) for _ in x]
+        values, rows = [], []
         for shard, count in enumerate(self._counts):
-            rows = self._stored(shard)[:count]
-            usable = np.arange(count) if self._alive is None else np.flatnonzero(self._alive[rows])
-            about = np.nan_to_num(view.heads(shard)[usable], nan=-np.inf)
-            for query, slot in enumerate(slots):
-                best = np.argsort(about[:, slot], kind="stable")[:k]
-                value = np.append(found[query][0], about[best, slot])
-                row = np.append(found[query][1], rows[usable[best]])
-                order = np.argsort(value, kind="stable")[:k]
-                found[query] = value[order], row[order]
-        return [rows for _, rows in found]
+            stored, about = self._stored(shard)[:count], view.heads(shard)[:count, slots]
+            if self._alive is not None:
+                stored, about = stored[self._alive[stored]], about[self._alive[stored]]
+            value, at = torch.from_numpy(np.nan_to_num(about)).topk(min(k, len(about)), dim=0, largest=False)
+            values.append(value)
+            rows.append(stored[at.numpy()])
+        at = torch.cat(values).topk(k, dim=0, largest=False).indices.numpy()
+        return list(np.take_along_axis(np.concatenate(rows), at, 0).T)
 
     def largest(self, radius: np.ndarray, number: np.ndarray) -> np.ndarray:
         """The largest radius in each cell, (B, cells).
@@ -219,10 +219,7 @@ class _View:
         self._queries = Queries(self._turn, kernels.blocks(codes), kernels.shifts(codes), steps)
 
     def _quantised_heads(self) -> tuple[list[Heads], np.ndarray]:
-        """2 u · head_scale for each shard, as `kernels.bounds` wants it, and by how much products with the heads are off.
-
-        That is (cells, S).
-        """
+        """2 u · head_scale for each shard, and by how much (cells, S) products with its heads may be off."""
         found = self._found
         scaled = 2 * self._u * found._head_scales[:, None]  # (shards, S, size)
         step = np.abs(scaled).max(2) / (127 * 254)
@@ -297,14 +294,10 @@ class _View:
 
     def heads(self, shard: int) -> np.ndarray:
         """‖z‖² − 2 u·p for all rows of a shard, (n, S)."""
-        rows, known = self._found._rows[shard], self._found._known(shard)
-        slots = known.products.shape[1]
-        terms, none = self._terms._replace(common=self._terms.common[0]), np.full(slots, -np.inf, np.float32)
-        rough, risky = (
-            np.empty((len(rows.head), slots), np.float32),
-            np.empty((len(rows.head) * slots + 1, 2), np.int64),
-        )
-        kernels.bounds(0, rows, known, self._heads[shard], terms, none, rough, risky, none.copy())
+        found = self._found
+        rough = np.empty((len(found._rows[shard].head), len(self._queries.step)), np.float32)
+        terms = self._terms._replace(common=self._terms.common[found._cells(shard)])
+        kernels.rough(found._rows[shard], found._known(shard), self._heads[shard], terms, rough)
         return rough
 
 

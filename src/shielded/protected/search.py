@@ -28,7 +28,9 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # query, row, distance
 
 SMALL = 10_000  # rows up to which a set is searched without an index
 MEMORY = 1 << 30  # bytes that a search may hold
-_NEAR = 32  # rows that are measured at a time, and remembered for the next step
+_FEW = 16  # rows that are measured at a time, at least
+_MORE = 8  # rows that are remembered for the next step, besides those asked for
+_GUESS = 32  # rows that are measured if nothing is known
 
 # Components that are summed in float32 before the sum goes on in float64. A float32 inner product of n terms is off
 # by at most n u / (1 - n u) |x| |z| with u = 2^-24, in whatever order it is summed (Higham, Accuracy and Stability of
@@ -288,7 +290,7 @@ class Search:
 
     def _within_large(self, x: np.ndarray, radius: np.ndarray, shrink: np.ndarray | None) -> Iterator[Pairs]:
         for first, part, shields in self._batches(x, radius, shrink):
-            slots = self._pruned.assign(part)
+            slots, _ = self._pruned.assign(part)
             limit = shields.limit(self._pruned, self._row, len(part))
             for query, stored, _ in self._pruned.reach(part, slots, limit):
                 row = self._row[stored]
@@ -301,24 +303,35 @@ class Search:
     ) -> Iterator[Pairs]:
         """Query by query the k nearest rows that are within the radius."""
         k = min(k, len(self))
-        some = min(max(k, _NEAR), len(self))
+        some = min(k + _MORE, len(self))
         for first, part, shields in self._batches(x, radius, shrink):
-            slots = self._pruned.assign(part)
+            slots, moved = self._pruned.assign(part)
             # Whatever is near by, the k-th nearest is not farther than the k-th nearest of some known rows.
-            known = [self._pruned.neighbours[slot][:some] for slot in slots]
-            if any(len(rows) < some for rows in known):
-                known = self._pruned.guess(part, slots, some)
-            query, stored = np.repeat(np.arange(len(part)), some), np.concatenate(known)
-            distance = measured(part, self._vectors.take, query, stored)
-            distance[~shields.contain(query, self._row[stored], distance)] = np.inf
-            limit = np.square(np.partition(distance.reshape(-1, some), k - 1, axis=1)[:, k - 1 : k])
-            limit = np.minimum(limit, shields.limit(self._pruned, self._row, len(part)))
+            known = [self._pruned.neighbours[slot] for slot in slots]
+            limit = self._farthest(part, known, k, shields)
+            if (np.square(moved) > limit / 4).any():  # what was near is no guide then
+                known = self._pruned.guess(part, slots, min(max(some, _GUESS), len(self)))
+                limit = np.minimum(limit, self._farthest(part, known, k, shields))
+            limit = np.minimum(limit[:, None], shields.limit(self._pruned, self._row, len(part)))
             query, stored, lower = _joined(self._pruned.reach(part, slots, limit))
             for i, slot in enumerate(slots):
                 own = query == i
                 distance, best = self._closest(part[i : i + 1], stored[own], lower[own], k, shields, i)
                 self._pruned.neighbours[slot] = np.append(best, known[i][~np.isin(known[i], best)])[:some]
                 yield np.full(min(k, len(best)), first + i), self._row[best[:k]], distance[:k]
+
+    def _farthest(self, x: np.ndarray, known: list[np.ndarray], k: int, shields: _Shields) -> np.ndarray:
+        """The squared distance (B,) of the k-th nearest of known rows within the radius; inf where there are fewer."""
+        limit = np.full(len(x), np.inf)
+        query = np.repeat(np.arange(len(x)), [len(rows) for rows in known])
+        stored = np.concatenate(known)
+        distance = measured(x, self._vectors.take, query, stored)
+        inside = shields.contain(query, self._row[stored], distance)
+        for i in range(len(x)):
+            own = distance[inside & (query == i)]
+            if len(own) >= k:
+                limit[i] = np.partition(own, k - 1)[k - 1] ** 2
+        return limit
 
     def _closest(
         self, x: np.ndarray, stored: np.ndarray, lower: np.ndarray, k: int, shields: _Shields, query: int
@@ -329,7 +342,7 @@ class Search:
         """
         distance, best = np.empty(0), np.empty(0, np.int64)
         order = np.argsort(lower, kind="stable")
-        step = max(_NEAR, k)
+        step = max(_FEW, k)
         for start in range(0, len(order), step):
             some = stored[order[start : start + step]]
             if len(best) >= k and lower[order[start]] > distance[k - 1] ** 2 * (1 + 1e-12):
