@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shielded import LatentSpace, ProtectedSet
-from shielded.protected import search
+from shielded.protected import neighbours, search
 
 BATCH, STEPS = 6, 8
 
@@ -19,10 +19,12 @@ def indexed(monkeypatch):
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-@pytest.fixture(params=["index", "copy", pytest.param("cuda", marks=NO_CUDA)])
+@pytest.fixture(params=["index", "all", "copy", pytest.param("cuda", marks=NO_CUDA)])
 def device(request, monkeypatch):
-    """Where queries are. A set has an index for them, or a copy of it lies where they are."""
+    """Where queries are. A set has an index for them, or all of it is read, or a copy of it lies where they are."""
     monkeypatch.setattr(search, "SMALL", 0)
+    if request.param == "all":
+        monkeypatch.setattr(search.Search, "_compiles", False)
     if request.param == "copy":
         monkeypatch.setattr(search.Search, "_on_device", lambda *_: True)
     return "cuda" if request.param == "cuda" else "cpu"
@@ -132,6 +134,55 @@ def test_less_memory_takes_fewer_queries_at_a_time_and_finds_the_same(indexed, t
             assert torch.equal(all_at_once.distance, two.distance)
     with pytest.raises(ValueError, match="memory must be a positive number"):
         ProtectedSet.open(tmp_path / "set", memory=0)
+
+
+def test_any_number_of_queries_for_any_number_of_steps(indexed, monkeypatch, tmp_path):
+    monkeypatch.setattr(neighbours, "_KEPT", 3)  # earlier queries are soon forgotten
+    rng = np.random.default_rng(8)
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 6, 6)))
+    for n in range(3):
+        protected.add(torch.from_numpy(rng.standard_normal((500, 4, 6, 6))), [f"{n}-{i}" for i in range(500)])
+    protected.remove([f"1-{i}" for i in range(0, 500, 7)])
+    z = protected.vectors(range(len(protected))).double().flatten(1).numpy()
+    x = rng.standard_normal((19, 144))
+    for step in range(25):
+        x = 0.95 * x + 0.05 * z[rng.integers(0, len(z), 19)] + 0.1 * rng.standard_normal(x.shape) * (step % 5 == 0)
+        asked = x[rng.permutation(19)[: (19, 3, 11, 1)[step % 4]]].astype(np.float32)
+        exact, queries = brute_force(asked, z), torch.from_numpy(asked).view(-1, 4, 6, 6)
+        order = np.argsort(exact, axis=1, kind="stable")[:, :4]
+        np.testing.assert_array_equal(protected.nearest_rows(queries, 4)[1], order)
+        radius = float(np.quantile(exact, 0.05))
+        query, row = np.nonzero(exact < radius)
+        hits = protected.within(queries, radius)
+        np.testing.assert_array_equal(hits.query, query)
+        np.testing.assert_array_equal(hits.row, row)
+
+
+@pytest.mark.parametrize("shape", [(4, 100, 120), (3, 70001)])
+def test_large_latents(indexed, tmp_path, shape):
+    """More numbers than int32 has room for products of, and not a multiple of what is multiplied at once."""
+    rng = np.random.default_rng(9)
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape), torch.float16)
+    z = np.repeat(10 * rng.uniform(0.9, 1, (8, *shape)), 5, axis=0) + 0.1 * rng.standard_normal((40, *shape))
+    protected.add(torch.from_numpy(z).half(), [str(i) for i in range(40)])
+    z = protected.vectors(range(40)).double().flatten(1).numpy()
+    for step in range(3):
+        x = ((1 - 0.01 * step) * z[:3] + 0.03 * rng.standard_normal((3, z.shape[1]))).astype(np.float32)
+        exact, queries = brute_force(x, z), torch.from_numpy(x).view(3, *shape)
+        order = np.argsort(exact, axis=1, kind="stable")[:, :7]
+        np.testing.assert_array_equal(protected.nearest_rows(queries, 7)[1], order)
+        query, row = np.nonzero(exact < exact[0, order[0, 4]])
+        hits = protected.within(queries, float(exact[0, order[0, 4]]))
+        assert list(zip(hits.query.tolist(), hits.row.tolist(), strict=True)) == list(zip(query, row, strict=True))
+
+
+def test_without_numba_all_is_read_and_a_warning_says_so(indexed, monkeypatch, tmp_path):
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
+    protected.add(torch.randn(60, 4, 4, 4, generator=torch.Generator().manual_seed(0)), [str(i) for i in range(60)])
+    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"pip install 'shielded\[large\]'"):
+        assert protected.nearest_rows(protected.vectors([7]), 1)[1].tolist() == [[7]]
+    assert not list((tmp_path / "set").glob("*.index.*"))
 
 
 def test_the_nearest_within_a_radius(device, tmp_path):

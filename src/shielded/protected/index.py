@@ -27,12 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .kernels import padded
-
 FORMAT = "shielded-index-2"
 CELL = 2048  # rows that are ruled out or looked at more closely together, at most
+LINE = 64  # bytes; rows of codes are filled up to whole ones
 _HEAD = 128  # numbers in the head of a row, at most, if there are no more channels than that
 _PIECE = 1 << 22  # numbers in the float64 arrays of `build`
+
+
+def padded(count: int) -> int:
+    """The next multiple of LINE."""
+    return -(-count // LINE) * LINE
 
 
 class Projection:
@@ -86,7 +90,7 @@ class Index:
 
     Args:
         order: (n,) int32, the row of the shard that each row of the index stands for.
-        head: (n, size) int8; p = `head * head_scale`. Filled up with 0, as the codes are (`kernels.padded`).
+        head: (n, size) int8; p = `head * head_scale`. Filled up with 0, as the codes are to whole `LINE`s.
         codes: (n, dim) int8; `codes * scale` is about t.
         scale: (n,) float32.
         squared: (n,) float32, ‖z‖² rounded.

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import float32, njit
 
-from .simd import BLOCK, LANES, WIDTH, from_heads, multiply, to_bounds
+from .index import LINE, padded
+from .simd import LANES, WIDTH, from_heads, multiply, to_bounds
 
 _MOST = 1 << 15  # products of bytes that are added in int32
 _PIECE = 256  # rows whose products with heads stay in a processor's cache
@@ -86,20 +87,15 @@ class Queries(NamedTuple):
     step: np.ndarray
 
 
-def padded(count: int) -> int:
-    """The next multiple of BLOCK, to which rows of bytes are filled up with 0."""
-    return -(-count // BLOCK) * BLOCK
-
-
 def blocks(codes: np.ndarray) -> np.ndarray:
-    """Codes (..., S, dim) as `multiply` wants them: (..., S / LANES, dim / BLOCK, LANES, BLOCK), filled up with 0."""
+    """Codes (..., S, dim) as `multiply` wants them: (..., S / LANES, dim / LINE, LANES, LINE), filled up with 0."""
     *others, queries, dim = codes.shape
     filled = np.zeros((*others, queries, padded(dim)), np.int8)
     filled[..., :dim] = codes
-    parts = filled.reshape(*others, queries // LANES, LANES, -1, BLOCK).swapaxes(-3, -2)
+    parts = filled.reshape(*others, queries // LANES, LANES, -1, LINE).swapaxes(-3, -2)
     # Where a vector starts in the middle of a line of the cache, reading it takes twice as long.
-    room = np.empty(filled.size + BLOCK, np.int8)
-    start = -room.ctypes.data % BLOCK
+    room = np.empty(filled.size + LINE, np.int8)
+    start = -room.ctypes.data % LINE
     result = room[start : start + filled.size].reshape(parts.shape)
     result[...] = parts
     return result
@@ -131,7 +127,7 @@ def _bounds(first, rows, known, heads, terms, top, rough, risky, least):
     """
     (groups, width), slots, last = (known.anchor.shape[1], rows.head.shape[1]), len(top), len(rows.head) - 1
     sums, lower = np.empty((min(_PIECE, len(rough)), 2, slots), np.int32), np.empty(LANES, np.float32)
-    at_head, at_heads, count_heads = rows.head.ctypes.data, heads.blocks.ctypes.data, width // BLOCK
+    at_head, at_heads, count_heads = rows.head.ctypes.data, heads.blocks.ctypes.data, width // LINE
     at_sums, at_rough, at_lower = sums.ctypes.data, rough.ctypes.data, lower.ctypes.data
     at_shift, at_step, at_top = heads.shift.ctypes.data, heads.step.ctypes.data, top.ctypes.data
     at_products, at_least = known.products.ctypes.data, least.ctypes.data
@@ -231,7 +227,7 @@ def search(needed, rows, known, heads, terms, queries, top, nearest, query_found
             for k in range(LANES):
                 inner[k] = -shift[start + k]
             for part in range(0, dim, _MOST):
-                length = min(_MOST, dim - part) // BLOCK
+                length = min(_MOST, dim - part) // LINE
                 multiply(here + part, then + part, query + part * LANES, length, at_sums)
                 for k in range(LANES):
                     inner[k] += sums[k]

@@ -7,12 +7,14 @@ again by subtraction in float64.
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ from tqdm import tqdm
 from . import index
 from .device import DeviceCopy
 from .index import Index, Projection
-from .neighbours import Pruned
+
+if TYPE_CHECKING:
+    from .neighbours import Pruned
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # query, row, distance
 
@@ -252,6 +256,8 @@ class Search:
                 found = self._copy(x.device).within(x, _on(x.device, radius, shrink), nearest)
             elif self._is_small():
                 found = [within(_float64(x), *self._matrix, _shrunk(radius, shrink))]
+            elif not self._compiles:
+                found = self._within_all(_float64(x), _shrunk(radius, shrink))
             elif nearest is None:
                 found = self._within_large(_float64(x), radius, shrink)
             else:
@@ -272,6 +278,8 @@ class Search:
             return self._copy(x.device).nearest(x, k)
         if self._is_small():
             return nearest(_float64(x), *self._matrix, k)
+        if not self._compiles:
+            return self._nearest_all(_float64(x), k)
         found = list(self._nearest_large(_float64(x), k))
         rows = np.array([row for _, row, _ in found], np.int64).reshape(-1, k)
         return np.array([distance for _, _, distance in found]).reshape(-1, k), rows
@@ -285,6 +293,46 @@ class Search:
     def _matrix(self) -> tuple[Tensor, np.ndarray]:
         latents = torch.from_numpy(self._vectors.take(self._stored))
         return latents, squared_norms(latents)
+
+    # ---- large sets without Numba: all of it is read ----
+
+    @cached_property
+    def _compiles(self) -> bool:
+        if importlib.util.find_spec("numba") is not None:
+            return True
+        warnings.warn(
+            f"Every search reads all of the {len(self):,} protected images, since Numba is not installed: "
+            "pip install 'shielded[large]' makes it many times as fast.",
+            stacklevel=4,
+        )
+        return False
+
+    def _within_all(self, x: np.ndarray, radius: np.ndarray) -> Iterator[Pairs]:
+        for rows, latents, norms in self._alive_parts():
+            query, row, distance = within(x, latents, norms, radius[:, rows])
+            yield query, rows[row], distance
+
+    def _nearest_all(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        distances, rows = np.empty((len(x), 0)), np.empty((len(x), 0), np.int64)
+        for numbers, latents, norms in self._alive_parts():
+            distance, row = nearest(x, latents, norms, min(k, len(latents)))
+            distances, rows = np.append(distances, distance, axis=1), np.append(rows, numbers[row], axis=1)
+            first = np.lexsort((rows, distances))[:, :k]
+            distances, rows = np.take_along_axis(distances, first, 1), np.take_along_axis(rows, first, 1)
+        return distances, rows
+
+    def _alive_parts(self) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+        """Rows, vectors and ‖z‖² of each shard, without those that have been removed."""
+        for (start, vectors), norms in zip(self._vectors.parts(), self._norms, strict=True):
+            stored = np.arange(start, start + len(vectors))
+            if self._vectors.alive is not None:
+                stored = stored[self._vectors.alive[stored]]
+            if len(stored):
+                yield self._row[stored], torch.from_numpy(vectors[stored - start]), norms[stored - start]
+
+    @cached_property
+    def _norms(self) -> list[np.ndarray]:
+        return [squared_norms(torch.from_numpy(vectors.copy())) for _, vectors in self._vectors.parts()]
 
     # ---- large sets: indexes on disk ----
 
@@ -365,6 +413,8 @@ class Search:
 
     @cached_property
     def _pruned(self) -> Pruned:
+        from .neighbours import Pruned  # Numba is an extra
+
         projection = Projection(self._shape)
         parts = self._vectors.parts()
         made = [

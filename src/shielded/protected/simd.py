@@ -11,8 +11,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .index import LINE
+
 LANES = 8  # queries
-BLOCK = 64  # bytes of a query that lie together, query by query
 
 _BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _REALS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_INT, LANES)
@@ -58,8 +59,8 @@ def multiplication(width: int):
             typing: of Numba.
             row: int8 codes.
             following: the row that is needed next, which is sent for meanwhile.
-            queries: int8, (count, LANES, BLOCK).
-            count: of blocks, at least 1; int32 has room for 2¹⁵ products.
+            queries: int8, (count, LANES, LINE).
+            count: of lines, at least 1; int32 has room for 2¹⁵ products.
             out: int32, is set.
         """
 
@@ -77,11 +78,11 @@ def multiplication(width: int):
             before, loop, after = builder.block, *map(builder.append_basic_block, ("loop", "after"))
             builder.branch(loop)
             builder.position_at_end(loop)
-            block, totals = builder.phi(_LONG), [builder.phi(sums) for _ in range(LANES)]
-            start = builder.mul(block, ir.Constant(_LONG, BLOCK))
+            line, totals = builder.phi(_LONG), [builder.phi(sums) for _ in range(LANES)]
+            start = builder.mul(line, ir.Constant(_LONG, LINE))
             builder.call(prefetch, [builder.gep(following, [start]), *_READ_SOON_INTO_ALL_CACHES])
             new = totals
-            for first in range(0, BLOCK, part):
+            for first in range(0, LINE, part):
                 codes = codes_of(builder, load(row, builder.add(start, ir.Constant(_LONG, first))))
                 of_queries = builder.mul(start, ir.Constant(_LONG, LANES))
                 new = [
@@ -89,20 +90,20 @@ def multiplication(width: int):
                         builder,
                         total,
                         codes,
-                        load(queries, builder.add(of_queries, ir.Constant(_LONG, first + BLOCK * query))),
+                        load(queries, builder.add(of_queries, ir.Constant(_LONG, first + LINE * query))),
                     )
                     for query, total in enumerate(new)
                 ]
-            next_block = builder.add(block, ir.Constant(_LONG, 1))
+            next_line = builder.add(line, ir.Constant(_LONG, 1))
             for value, at_first, later in zip(
-                [block, *totals],
+                [line, *totals],
                 [ir.Constant(_LONG, 0), *[ir.Constant(sums, None)] * LANES],
-                [next_block, *new],
+                [next_line, *new],
                 strict=True,
             ):
                 value.add_incoming(at_first, before)
                 value.add_incoming(later, loop)
-            builder.cbranch(builder.icmp_signed("<", next_block, count), loop, after)
+            builder.cbranch(builder.icmp_signed("<", next_line, count), loop, after)
             builder.position_at_end(after)
             while len(new) > 1:
                 new = [halved(builder, one, other) for one, other in zip(new[::2], new[1::2], strict=True)]
