@@ -158,6 +158,34 @@ def test_any_number_of_queries_for_any_number_of_steps(indexed, monkeypatch, tmp
         np.testing.assert_array_equal(hits.row, row)
 
 
+def test_a_search_that_is_broken_off_leaves_nothing_wrong_behind(indexed, monkeypatch, tmp_path):
+    rng = np.random.default_rng(10)
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
+    for n in range(3):
+        protected.add(torch.from_numpy(rng.standard_normal((300, 4, 4, 4))), [f"{n}-{i}" for i in range(300)])
+    z = protected.vectors(range(900)).double().flatten(1).numpy()
+    far, near = z[:2] + 40, z[:2] + 0.1
+    asked = [torch.from_numpy(x).float().view(2, 4, 4, 4) for x in (far, near)]
+    protected.within(asked[1], 3.0)
+    search_shard = neighbours._View.search
+
+    def broken(self, shard, *rest):
+        if shard == 1:
+            raise KeyboardInterrupt
+        return search_shard(self, shard, *rest)
+
+    monkeypatch.setattr(neighbours._View, "search", broken)
+    with pytest.raises(KeyboardInterrupt):
+        protected.within(asked[0], 300.0)
+    monkeypatch.setattr(neighbours._View, "search", search_shard)
+    for x, radius in ((near, 3.0), (far, 322.0), (near, 9.0)):
+        exact = brute_force(x.astype(np.float32), z)
+        hits = protected.within(torch.from_numpy(x).float().view(2, 4, 4, 4), radius)
+        assert list(zip(hits.query.tolist(), hits.row.tolist(), strict=True)) == list(
+            zip(*np.nonzero(exact < radius), strict=True)
+        )
+
+
 @pytest.mark.parametrize("shape", [(4, 100, 120), (3, 70001)])
 def test_large_latents(indexed, tmp_path, shape):
     """More numbers than int32 has room for products of, and not a multiple of what is multiplied at once."""

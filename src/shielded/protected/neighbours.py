@@ -58,8 +58,6 @@ class Pruned:
         neighbours: for each slot, stored rows that were found near its last query.
     """
 
-    neighbours: list[np.ndarray]
-
     def __init__(
         self,
         indexes: list[Index],
@@ -81,32 +79,27 @@ class Pruned:
         self._most["code_error"] = np.concatenate([index.code_error.view(-1, index.size).amax(1) for index in indexes])
         self._norm = np.hypot(self._most["low"], self._most["high"])
         self._head_scales = np.stack([index.head_scale.numpy() for index in indexes])
-        self._remember(0)
-
-    def _remember(self, slots: int) -> None:
-        """Forgets everything, and makes room for so many queries."""
-        dim, size = self._projection.dim, self._projection.size
-        slots = -(-slots // LANES) * LANES
-        self._kept = kept = max(2, min(_KEPT, _RING // max(1, slots * dim)))
-        self._turn = 0  # which of their places was used last
-        self._x, self._u = np.zeros((kept, slots, dim)), np.zeros((kept, slots, size))  # v, Pv
-        self._y, self._y_u = np.zeros((kept, slots, dim)), np.zeros((kept, slots, size))  # y, Py
-        self._seen = np.full(self.cells, kept)  # the v that m² of a cell belongs to; `kept`: none
-        self._nearest = np.zeros((self.cells, slots), np.float32)  # m²
-        self._anchor = np.full((self._first_row[-1], slots // LANES), kept, np.uint8)  # the same for a row, and y·t
-        self._products = np.zeros((self._first_row[-1], slots), np.float32)  # y·t
-        self.neighbours = [np.empty(0, np.int64)] * slots
+        self._groups: list[_Group] = []
+        self.neighbours: list[np.ndarray] = []
 
     def assign(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A slot for each query (B, dim), that of the nearest earlier query, and how far away that one is."""
-        if len(x) > len(self.neighbours):
-            self._remember(len(x))
-        away = np.stack([np.square(self._x[self._turn] - query).sum(1) for query in x])
-        slots, moved = np.empty(len(x), np.int64), np.empty(len(x))
-        for i in range(len(x)):
-            slots[i] = np.nanargmin(away[i])
-            moved[i] = np.sqrt(away[i, slots[i]])
-            away[:, slots[i]] = np.nan
+        """A slot for each query (B, dim), near those of earlier queries that are near, and how far away that one was.
+
+        Queries that are asked together are in a group, in which slot s is place s % LANES of group s // LANES.
+        """
+        count = -(-len(x) // LANES)
+        if count > len(self._groups):
+            kept = max(2, min(_KEPT, _RING // (count * LANES * self._projection.dim)))
+            self._groups = [_Group(self, kept) for _ in range(count)]
+            self.neighbours = [np.empty(0, np.int64)] * (count * LANES)
+        slots, moved, free = np.empty(len(x), np.int64), np.empty(len(x)), list(range(len(self._groups)))
+        for first in range(0, len(x), LANES):
+            part = x[first : first + LANES]
+            places = [self._groups[number].places(part) for number in free]
+            best = int(np.argmin([away.sum() for _, away in places]))
+            own = slice(first, first + len(part))
+            moved[own] = places[best][1]
+            slots[own] = places[best][0] + LANES * free.pop(best)
         return slots, moved
 
     def reach(self, x: np.ndarray, slots: np.ndarray, limit: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
@@ -120,45 +113,61 @@ class Pruned:
         Yields:
             Query, stored row and lower bound of the squared distance of the pairs that are left.
         """
-        view = _View(self, x, slots)
-        needed = ~(limit < view.unseen()[:, slots].T).all(0)
-        top = np.full((self.cells, len(self.neighbours)), -np.inf, np.float32)
+        for own, group, places in self._by_group(slots):
+            for query, row, lower in self._reach(_View(self, group, x[own], places), places, limit[own]):
+                yield own[query], row, lower
+
+    def _reach(self, view: _View, places: np.ndarray, limit: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+        group = view.group
+        needed = ~(limit < view.unseen()[:, places].T).all(0)
+        top = np.full((self.cells, LANES), -np.inf, np.float32)
         with np.errstate(over="ignore"):
-            top[:, slots] = np.nextafter(limit.astype(np.float32), np.float32(np.inf)).T
-        query = np.full(len(self.neighbours), -1)
-        query[slots] = np.arange(len(x))
+            top[:, places] = np.nextafter(limit.astype(np.float32), np.float32(np.inf)).T
+        query = np.full(LANES, -1)
+        query[places] = np.arange(len(places))
 
         def search(shards: np.ndarray) -> list[tuple[np.ndarray, ...]]:
             pairs = []
             for shard in shards:
-                slot, row, lower = view.search(shard, needed[self._cells(shard)], top[self._cells(shard)])
+                place, row, lower = view.search(shard, needed[self._cells(shard)], top[self._cells(shard)])
                 if len(row):
                     stored = self._starts[shard] + self._indexes[shard].order.numpy()[row].astype(np.int64)
-                    there = (query[slot] >= 0) & (row < self._counts[shard])
+                    there = (query[place] >= 0) & (row < self._counts[shard])
                     if self._alive is not None:
                         there &= self._alive[stored]
-                    pairs.append((query[slot[there]], stored[there], lower[there].astype(np.float64)))
+                    pairs.append((query[place[there]], stored[there], lower[there].astype(np.float64)))
             return pairs
 
         shards = np.flatnonzero([needed[self._cells(shard)].any() for shard in range(len(self._indexes))])
+        group.seen[needed] = group.kept  # in case this ends early
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             for pairs in threads.map(search, np.array_split(shards, min(len(shards), _JOBS) or 1)):
                 yield from pairs
-        self._seen[needed] = self._turn
+        group.seen[needed] = group.turn
 
     def guess(self, x: np.ndarray, slots: np.ndarray, k: int) -> list[np.ndarray]:
         """Some k stored rows for each query that may well be near."""
-        view = _View(self, x, slots)
-        values, rows = [], []
-        for shard, count in enumerate(self._counts):
-            stored, about = self._stored(shard)[:count], view.heads(shard)[:count, slots]
-            if self._alive is not None:
-                stored, about = stored[self._alive[stored]], about[self._alive[stored]]
-            value, at = torch.from_numpy(np.nan_to_num(about)).topk(min(k, len(about)), dim=0, largest=False)
-            values.append(value)
-            rows.append(stored[at.numpy()])
-        at = torch.cat(values).topk(k, dim=0, largest=False).indices.numpy()
-        return list(np.take_along_axis(np.concatenate(rows), at, 0).T)
+        found = [np.empty(0, np.int64)] * len(x)
+        for own, group, places in self._by_group(slots):
+            view = _View(self, group, x[own], places)
+            values, rows = [], []
+            for shard, count in enumerate(self._counts):
+                stored, about = self._stored(shard)[:count], view.rough(shard)[:count, places]
+                if self._alive is not None:
+                    stored, about = stored[self._alive[stored]], about[self._alive[stored]]
+                value, at = torch.from_numpy(np.nan_to_num(about)).topk(min(k, len(about)), dim=0, largest=False)
+                values.append(value)
+                rows.append(stored[at.numpy()])
+            at = torch.cat(values).topk(k, dim=0, largest=False).indices.numpy()
+            for query, best in zip(own, np.take_along_axis(np.concatenate(rows), at, 0).T, strict=True):
+                found[query] = best
+        return found
+
+    def _by_group(self, slots: np.ndarray) -> Iterator[tuple[np.ndarray, _Group, np.ndarray]]:
+        """The queries of each group, and their places in it."""
+        for number in np.unique(slots // LANES):
+            own = np.flatnonzero(slots // LANES == number)
+            yield own, self._groups[number], slots[own] % LANES
 
     def largest(self, radius: np.ndarray, number: np.ndarray) -> np.ndarray:
         """The largest radius in each cell, (B, cells).
@@ -179,25 +188,57 @@ class Pruned:
     def _cells(self, shard: int) -> slice:
         return slice(*self._first_cell[shard : shard + 2])
 
-    def _known(self, shard: int) -> Known:
-        rows = slice(*self._first_row[shard : shard + 2])
-        return Known(self._products[rows], self._anchor[rows])
+    def _indexed(self, shard: int) -> slice:
+        return slice(*self._first_row[shard : shard + 2])
 
     def _stored(self, shard: int) -> np.ndarray:
         """The stored row of each row of an index; those of blank rows mean nothing."""
         return self._starts[shard] + self._indexes[shard].order.numpy().astype(np.int64)
 
 
-class _View:
-    """The bounds of a batch of queries, which are remembered from now on.
+class _Group:
+    """What is remembered of LANES queries that are asked together.
 
-    Slots for which there is no query keep their last one, so that all of them go on together.
+    Attributes:
+        kept: how many steps are remembered.
+        turn: which of their places was used last.
+        x, u: (kept, LANES, ·) v and Pv.
+        y, y_u: (kept, LANES, ·) y and Py.
+        seen: (cells,) the v that m² of a cell belongs to; `kept`: none.
+        nearest: (cells, LANES) m².
+        known: y·t of each row, and the y of it; `kept`: none.
     """
 
-    def __init__(self, found: Pruned, x: np.ndarray, slots: np.ndarray) -> None:
-        self._found = found
-        self._x = found._x[found._turn].copy()
-        self._x[slots] = x
+    def __init__(self, found: Pruned, kept: int) -> None:
+        dim, size, rows = found._projection.dim, found._projection.size, found._first_row[-1]
+        self.kept, self.turn = kept, 0
+        self.x, self.u = np.zeros((kept, LANES, dim)), np.zeros((kept, LANES, size))
+        self.y, self.y_u = np.zeros((kept, LANES, dim)), np.zeros((kept, LANES, size))
+        self.seen = np.full(found.cells, kept)
+        self.nearest = np.zeros((found.cells, LANES), np.float32)
+        self.known = Known(np.zeros((rows, LANES), np.float32), np.full(rows, kept, np.uint8))
+
+    def places(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A place for each query (B, dim), that of the nearest one of the last, and how far away that was."""
+        away = np.stack([np.square(self.x[self.turn] - query).sum(1) for query in x])
+        places, moved = np.empty(len(x), np.int64), np.empty(len(x))
+        for i in range(len(x)):
+            places[i] = np.nanargmin(away[i])
+            moved[i] = np.sqrt(away[i, places[i]])
+            away[:, places[i]] = np.nan
+        return places, moved
+
+
+class _View:
+    """The bounds of up to LANES queries, which their group remembers from now on.
+
+    Places for which there is no query keep their last one, so that all of them go on together.
+    """
+
+    def __init__(self, found: Pruned, group: _Group, x: np.ndarray, places: np.ndarray) -> None:
+        self._found, self.group = found, group
+        self._x = group.x[group.turn].copy()
+        self._x[places] = x
         self._u = found._projection.down(self._x)
         self._squared, self._low = np.square(self._x).sum(1), np.square(self._u).sum(1)
         self._remember()
@@ -205,18 +246,18 @@ class _View:
         self._terms = self._by_products()
 
     def _remember(self) -> None:
-        found = self._found
-        found._turn = self._turn = (found._turn + 1) % found._kept
-        found._seen[found._seen == self._turn] = found._kept
-        found._anchor[found._anchor == self._turn] = found._kept
+        group = self.group
+        group.turn = (group.turn + 1) % group.kept
+        group.seen[group.seen == group.turn] = group.kept
+        group.known.anchor[group.known.anchor == group.turn] = group.kept
         step = np.abs(self._x).max(1) / 126
-        steps = np.where(step > 0, step, 1.0).astype(np.float32)
-        step = steps.astype(np.float64)[:, None]
-        codes = np.rint(self._x / step)
-        found._x[self._turn], found._u[self._turn] = self._x, self._u
-        found._y[self._turn], found._y_u[self._turn] = codes * step, found._projection.down(codes * step)
+        step = np.where(step > 0, step, 1.0).astype(np.float32)
+        codes = np.rint(self._x / step.astype(np.float64)[:, None])
+        y = codes * step.astype(np.float64)[:, None]
+        group.x[group.turn], group.u[group.turn] = self._x, self._u
+        group.y[group.turn], group.y_u[group.turn] = y, self._found._projection.down(y)
         codes = codes.astype(np.int8)
-        self._queries = Queries(self._turn, kernels.blocks(codes), kernels.shifts(codes), steps)
+        self._queries = Queries(group.turn, kernels.blocks(codes), kernels.shifts(codes), step)
 
     def _quantised_heads(self) -> tuple[list[Heads], np.ndarray]:
         """2 u · head_scale for each shard, and by how much (cells, S) products with its heads may be off."""
@@ -226,21 +267,21 @@ class _View:
         step = np.maximum(step, _TINY).astype(np.float32).astype(np.float64)
         whole = np.rint(scaled / step[..., None])
         coarse = np.clip(np.rint(whole / 254), -127, 127)
-        codes = np.concatenate([coarse, whole - 254 * coarse], axis=1).astype(np.int8)
+        codes = np.stack([coarse, whole - 254 * coarse], axis=1).astype(np.int8)
         off = np.linalg.norm(scaled - whole * step[..., None], axis=2)
         off += 2.0**-21 * np.linalg.norm(scaled, axis=2)  # the product in float32
-        shift = kernels.shifts(codes).astype(np.int32).reshape(len(codes), 2, -1)
+        shift = kernels.shifts(codes).astype(np.int32)
         parts = zip(kernels.blocks(codes), shift, step.astype(np.float32), strict=True)
         return [Heads(*part) for part in parts], off[found._shard] * found._most["head_norm"][:, None] * _UP
 
     def _by_products(self) -> Terms:
         """Of all cells. x = c y + w."""
-        found = self._found
-        inner, energy = np.einsum("jsd,sd->js", found._y, self._x), np.square(found._y).sum(2)
+        found, group = self._found, self.group
+        inner, energy = np.einsum("jsd,sd->js", group.y, self._x), np.square(group.y).sum(2)
         c = inner / np.where(energy > 0, energy, 1)
         w = self._squared - 2 * c * inner + c**2 * energy
-        low = self._low - 2 * c * np.einsum("jsd,sd->js", found._y_u, self._u) + c**2 * np.square(found._y_u).sum(2)
-        none = np.zeros((1, len(self._squared)))
+        low = self._low - 2 * c * np.einsum("jsd,sd->js", group.y_u, self._u) + c**2 * np.square(group.y_u).sum(2)
+        none = np.zeros((1, LANES))
         c, length = np.concatenate([c, none]), np.sqrt(np.concatenate([energy, none]))
         w, low = np.concatenate([w, none + self._squared]), np.concatenate([low, none + self._low])
         low, high = _roots(low, w, self._squared + np.square(c * length))
@@ -259,46 +300,36 @@ class _View:
 
     def unseen(self) -> np.ndarray:
         """Lower bounds (cells, S) of the squared distances to all rows of a cell, from when it was last looked at."""
-        found, none = self._found, np.zeros((1, len(self._squared)))
-        squared = np.square(found._x).sum(2)
-        w = self._squared - 2 * np.einsum("jsd,sd->js", found._x, self._x) + squared
-        low = self._low - 2 * np.einsum("jsd,sd->js", found._u, self._u) + np.square(found._u).sum(2)
+        found, group, none = self._found, self.group, np.zeros((1, LANES))
+        squared = np.square(group.x).sum(2)
+        w = self._squared - 2 * np.einsum("jsd,sd->js", group.x, self._x) + squared
+        low = self._low - 2 * np.einsum("jsd,sd->js", group.u, self._u) + np.square(group.u).sum(2)
         low, high = _roots(low, w, self._squared + squared)
-        more = np.concatenate([self._squared - squared, none - np.inf])[found._seen]
-        low, high = (np.concatenate([part, none])[found._seen] for part in (low, high))
+        more = np.concatenate([self._squared - squared, none - np.inf])[group.seen]
+        low, high = (np.concatenate([part, none])[group.seen] for part in (low, high))
         most = 2 * (low * found._most["low"][:, None] + high * found._most["high"][:, None])
         size = self._squared + np.square(found._norm)[:, None]
-        return found._nearest.astype(np.float64) + more - most - _ROUNDING * size
+        return group.nearest.astype(np.float64) + more - most - _ROUNDING * size
 
     def search(self, shard: int, needed: np.ndarray, top: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Slot, row of the index and lower bound of what is not above `top` (c, S) in the cells of a shard."""
-        found, rows = self._found, self._found._rows[shard]
-        pairs = len(rows.head) * len(self._queries.step) + 1
-        slot, row, lower = np.empty(pairs, np.int32), np.empty(pairs, np.int32), np.empty(pairs, np.float32)
-        cells = found._cells(shard)
-        terms = self._terms._replace(common=self._terms.common[cells])
-        count = kernels.search(
-            needed,
-            rows,
-            found._known(shard),
-            self._heads[shard],
-            terms,
-            self._queries,
-            top,
-            found._nearest[cells],
-            slot,
-            row,
-            lower,
-        )
-        return slot[:count], row[:count], lower[:count]
+        """Place, row of the index and lower bound of what is not above `top` (c, LANES) in the cells of a shard."""
+        room = len(self._found._rows[shard].head) * LANES
+        place, row, lower = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+        nearest = self.group.nearest[self._found._cells(shard)]
+        count = kernels.search(needed, *self._of(shard), self._queries, top, nearest, place, row, lower)
+        return place[:count], row[:count], lower[:count]
 
-    def heads(self, shard: int) -> np.ndarray:
-        """‖z‖² − 2 u·p for all rows of a shard, (n, S)."""
-        found = self._found
-        rough = np.empty((len(found._rows[shard].head), len(self._queries.step)), np.float32)
-        terms = self._terms._replace(common=self._terms.common[found._cells(shard)])
-        kernels.rough(found._rows[shard], found._known(shard), self._heads[shard], terms, rough)
+    def rough(self, shard: int) -> np.ndarray:
+        """‖z‖² − 2 u·p for all rows of a shard, (n, LANES)."""
+        rough = np.empty((len(self._found._rows[shard].head), LANES), np.float32)
+        kernels.rough(*self._of(shard), rough)
         return rough
+
+    def _of(self, shard: int) -> tuple[Rows, Known, Heads, Terms]:
+        rows, cells = self._found._indexed(shard), self._found._cells(shard)
+        known = Known(*(part[rows] for part in self.group.known))
+        terms = self._terms._replace(common=self._terms.common[cells])
+        return self._found._rows[shard], known, self._heads[shard], terms
 
 
 def _below(values: np.ndarray) -> np.ndarray:
