@@ -357,7 +357,8 @@ class Search:
             # Whatever is near by, the k-th nearest is not farther than the k-th nearest of some known rows.
             known = [self._pruned.neighbours[slot] for slot in slots]
             limit = self._farthest(part, known, k, shields)
-            if (np.square(moved) > limit / 4).any():  # what was near is no guide then
+            few = any(len(rows) < k for rows in known)
+            if few or (np.square(moved) > limit / 4).any():  # what was near is no guide after a jump
                 known = self._pruned.guess(part, slots, min(max(some, _GUESS), len(self)))
                 limit = np.minimum(limit, self._farthest(part, known, k, shields))
             limit = np.minimum(limit[:, None], shields.limit(self._pruned, self._row, len(part)))
