@@ -7,8 +7,8 @@ For each row z of a shard an index holds
 - codes of the rest t = z − Pᵀp, as int8;
 - ‖z‖² and ρ ≥ ‖t − PᵀPt‖, the energy of the other frequencies.
 
-The rows are in order of ‖z‖, and in cells of equal size, so that the rows of a cell are about equally far from anything
-and are ruled out, or looked at more closely, together. How far codes are from what they stand for is measured in
+The rows are in order of ‖z‖², and in cells of equal size, so that the rows of a cell are about equally far from anything
+and can be ruled out together. How far codes are from what they stand for is measured in
 float64 when the index is built, so no bound made of them has to assume anything about the data.
 
 An index is not part of the set: it is made when it is missing, never changes, and goes with its shard.
@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = "shielded-index-2"
-CELL = 2048  # rows that are ruled out or looked at more closely together, at most
+CELL = 2048  # rows that are ruled out together, at most
 LINE = 64  # bytes; rows of codes are filled up to whole ones
 _HEAD = 128  # numbers in the head of a row, at most, if there are no more channels than that
 _PIECE = 1 << 22  # numbers in the float64 arrays of `build`

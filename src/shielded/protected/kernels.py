@@ -19,6 +19,7 @@ from .simd import LANES, WIDTH, from_heads, multiply, to_bounds
 
 _MOST = 1 << 15  # products of bytes that are added in int32
 _LANES = 4 * LANES  # bytes of so many numbers
+_AHEAD = 16  # rows whose heads are sent for early
 _PIECE = 256  # rows whose products with heads stay in a processor's cache
 
 
@@ -143,7 +144,7 @@ def _bounds(first, rows, known, heads, terms, top, rough, risky, least):
         count = min(_PIECE, len(rough) - start)
         for i in range(count):
             row = first + start + i
-            here, following = at_head + row * width, at_head + min(row + 1, last) * width
+            here, following = at_head + row * width, at_head + min(row + _AHEAD, last) * width
             out = sums.ctypes.data + 2 * _LANES * i
             multiply(here, following, at_coarse, lines, out)
             multiply(here, following, at_fine, lines, out + _LANES)

@@ -10,8 +10,8 @@ The first three terms are cheap for all rows. For the last, as t has next to non
 
 which is tight for a blurred x and useless for a sharp one: then codes of the whole t are needed. But between two steps
 of a sampler x moves little. So the products y·t with an earlier query y are kept for every row, and x = c y + w turns
-the inequality into one for w·t. How good that is depends on how far x has moved since; where it rules out too little,
-the codes of the cell are read, and x takes the place of y.
+the inequality into one for w·t. How good that is depends on how far x has moved since; where it does not rule a row
+out, its codes are read, and x takes the place of y for this row.
 
 Most cells need not even be looked at: if all rows of a cell were farther than m from an earlier query v, then now
 
@@ -35,7 +35,7 @@ from .simd import LANES
 
 _ROWS = "head", "codes", "scale", "squared", "rho", "code_error"
 _KEPT = 32  # earlier queries that are remembered, at most
-_RING = 1 << 23  # numbers that these may have
+_RING = 1 << 24  # numbers that these may have
 _TAME = 1e15  # longer vectors would overflow in float32; they are always measured
 _ROUNDING = 1e-9  # far above what sums of float64 products are off by, as a part of the numbers' size
 _TINY = 2.0**-120
@@ -93,13 +93,15 @@ class Pruned:
             self._groups = [_Group(self, kept) for _ in range(count)]
             self.neighbours = [np.empty(0, np.int64)] * (count * LANES)
         slots, moved, free = np.empty(len(x), np.int64), np.empty(len(x)), list(range(len(self._groups)))
+        u = self._projection.down(x)
         for first in range(0, len(x), LANES):
-            part = x[first : first + LANES]
-            places = [self._groups[number].places(part) for number in free]
-            best = int(np.argmin([away.sum() for _, away in places]))
-            own = slice(first, first + len(part))
-            moved[own] = places[best][1]
-            slots[own] = places[best][0] + LANES * free.pop(best)
+            own = slice(first, first + LANES)
+            places = [_nearest_places(u[own], self._groups[number].u[self._groups[number].turn]) for number in free]
+            best = int(np.argmin([away for _, away in places]))
+            place, number = places[best][0], free.pop(best)
+            group = self._groups[number]
+            moved[own] = np.linalg.norm(x[own] - group.x[group.turn, place], axis=1)
+            slots[own] = place + LANES * number
         return slots, moved
 
     def reach(self, x: np.ndarray, slots: np.ndarray, limit: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
@@ -218,16 +220,6 @@ class _Group:
         self.nearest = np.zeros((found.cells, LANES), np.float32)
         self.known = Known(np.zeros((rows, LANES), np.float32), np.full(rows, kept, np.uint8))
 
-    def places(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A place for each query (B, dim), that of the nearest one of the last, and how far away that was."""
-        away = np.stack([np.square(self.x[self.turn] - query).sum(1) for query in x])
-        places, moved = np.empty(len(x), np.int64), np.empty(len(x))
-        for i in range(len(x)):
-            places[i] = np.nanargmin(away[i])
-            moved[i] = np.sqrt(away[i, places[i]])
-            away[:, places[i]] = np.nan
-        return places, moved
-
 
 class _View:
     """The bounds of up to LANES queries, which their group remembers from now on.
@@ -330,6 +322,17 @@ class _View:
         known = Known(*(part[rows] for part in self.group.known))
         terms = self._terms._replace(common=self._terms.common[cells])
         return self._found._rows[shard], known, self._heads[shard], terms
+
+
+def _nearest_places(u: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, float]:
+    """A place for each query, that of the nearest one of the last, by Px; and how far away these are in all."""
+    away = np.square(last[:, None] - u).sum(2)
+    places, total = np.empty(len(u), np.int64), 0.0
+    for i in range(len(u)):
+        places[i] = np.nanargmin(away[:, i])
+        total += away[places[i], i]
+        away[places[i]] = np.nan
+    return places, total
 
 
 def _below(values: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # query, row, distance
 
 SMALL = 10_000  # rows up to which a set is searched without an index
 MEMORY = 1 << 30  # bytes that a search may hold
-_FEW = 16  # rows that are measured at a time, at least
+_FEW = 16  # rows that are measured at a time, and 3 k more
 _MORE = 8  # rows that are remembered for the next step, besides those asked for
 _GUESS = 32  # rows that are measured if nothing is known
 
@@ -391,7 +391,7 @@ class Search:
         """
         distance, best = np.empty(0), np.empty(0, np.int64)
         order = np.argsort(lower, kind="stable")
-        step = max(_FEW, k)
+        step = _FEW + 3 * k
         for start in range(0, len(order), step):
             some = stored[order[start : start + step]]
             if len(best) >= k and lower[order[start]] > distance[k - 1] ** 2 * (1 + 1e-12):
