@@ -7,9 +7,9 @@ For each row z of a shard an index holds
 - codes of the rest t = z − Pᵀp, as int8;
 - ‖z‖² and ρ ≥ ‖t − PᵀPt‖, the energy of the other frequencies.
 
-The rows are in order of ‖z‖², and in cells of equal size, so that the rows of a cell are about equally far from anything
-and can be ruled out together. How far codes are from what they stand for is measured in
-float64 when the index is built, so no bound made of them has to assume anything about the data.
+The rows are in order of ‖z‖², and in cells of equal size, so that the rows of a cell are about equally far from
+anything and can be ruled out together. How far codes are from what they stand for is measured in float64 when the index
+is built, so no bound made of them has to assume anything about the data.
 
 An index is not part of the set: it is made when it is missing, never changes, and goes with its shard.
 """

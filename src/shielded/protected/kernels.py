@@ -61,13 +61,13 @@ class Heads(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """For each y that is kept, and at last for none: float32.
+    """For each y that is kept, for none, and at last for the fine codes of the present queries: float32.
 
     Args:
-        common: (cells, kept + 1, LANES), what is added to a bound.
-        factor: (kept + 1, LANES) of y·t.
-        high: (kept + 1, LANES), factor of ρ.
-        doubt: (kept + 1, LANES), factor of the error of the codes.
+        common: (cells, kept + 2, LANES), what is added to a bound.
+        factor: (kept + 2, LANES) of y·t.
+        high: (kept + 2, LANES), factor of ρ.
+        doubt: (kept + 2, LANES), factor of the error of the codes.
     """
 
     common: np.ndarray
@@ -77,18 +77,22 @@ class Terms(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The whole of LANES queries.
+    """The whole of LANES queries: about `step` · codes, and closer to it `step` · (codes + fine / 254).
 
     Args:
-        turn: which y they are.
-        blocks: `blocks` of their codes.
-        shift: (LANES,) int64, `shifts` of these.
-        step: (LANES,) float32, what one of these stands for.
+        turn: which y the former are.
+        blocks: `blocks` of the codes, and
+        shift: (LANES,) int64, their `shifts`.
+        fine_blocks: the same of the fine codes, and
+        fine_shift: (LANES,) int64.
+        step: (LANES,) float32.
     """
 
     turn: int
     blocks: np.ndarray
     shift: np.ndarray
+    fine_blocks: np.ndarray
+    fine_shift: np.ndarray
     step: np.ndarray
 
 
@@ -183,6 +187,17 @@ def _addresses(terms, cell):
 
 
 @njit(nogil=True)
+def _inner(here, then, dim, at_queries, shift, sums, inner):
+    """Sets `inner` to ∑ row · query for LANES queries: exact."""
+    for k in range(LANES):
+        inner[k] = -shift[k]
+    for part in range(0, dim, _MOST):
+        multiply(here + part, then + part, at_queries + part * LANES, min(_MOST, dim - part) // LINE, sums.ctypes.data)
+        for k in range(LANES):
+            inner[k] += sums[k]
+
+
+@njit(nogil=True)
 def search(needed, rows, known, heads, terms, queries, top, nearest, query_found, row_found, lower_found):
     """Finds what cannot be ruled out in the cells of a shard, and reads the codes of rows that cannot be without.
 
@@ -203,12 +218,14 @@ def search(needed, rows, known, heads, terms, queries, top, nearest, query_found
         How much that is.
     """
     scale, rho, error, anchor, products = rows.scale, rows.rho, rows.error, known.anchor, known.products
-    shift, step, turn = queries.shift, queries.step, queries.turn
+    shift, fine_shift, step, turn = queries.shift, queries.fine_shift, queries.step, queries.turn
     size, dim = len(scale) // len(needed), rows.codes.shape[1]
     rough, risky = np.empty((size, LANES), np.float32), np.empty(size + 1, np.int64)
-    sums, inner = np.empty(LANES, np.int32), np.empty(LANES, np.int64)
-    lower, unused = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    at_codes, at_queries, at_products = rows.codes.ctypes.data, queries.blocks.ctypes.data, products.ctypes.data
+    sums, inner, fine = np.empty(LANES, np.int32), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    product, lower, unused = np.empty((3, LANES), np.float32)
+    at_codes, at_products = rows.codes.ctypes.data, products.ctypes.data
+    at_queries, at_fine = queries.blocks.ctypes.data, queries.fine_blocks.ctypes.data
+    last = _LANES * (len(terms.factor) - 1)
     found = 0
     for cell in range(len(needed)):
         if not needed[cell]:
@@ -222,18 +239,7 @@ def search(needed, rows, known, heads, terms, queries, top, nearest, query_found
         for j in range(count):
             row, following = first + risky[j], first + risky[min(j + 1, count - 1)]
             here, then = at_codes + row * dim, at_codes + following * dim
-            for k in range(LANES):
-                inner[k] = -shift[k]
-            for part in range(0, dim, _MOST):
-                multiply(
-                    here + part,
-                    then + part,
-                    at_queries + part * LANES,
-                    min(_MOST, dim - part) // LINE,
-                    sums.ctypes.data,
-                )
-                for k in range(LANES):
-                    inner[k] += sums[k]
+            _inner(here, then, dim, at_queries, shift, sums, inner)
             anchor[row] = turn
             for k in range(LANES):
                 products[row, k] = float32(inner[k]) * step[k] * scale[row]
@@ -248,6 +254,19 @@ def search(needed, rows, known, heads, terms, queries, top, nearest, query_found
                 unused.ctypes.data,
             )
             if risk:
+                _inner(here, then, dim, at_fine, fine_shift, sums, fine)
+                for k in range(LANES):
+                    product[k] = float32(254 * inner[k] + fine[k]) * (step[k] / float32(254)) * scale[row]
+                risk = to_bounds(
+                    rho[row],
+                    error[row],
+                    rough.ctypes.data + _LANES * risky[j],
+                    (common + last, factor + last, high + last, doubt + last),
+                    product.ctypes.data,
+                    top.ctypes.data + _LANES * cell,
+                    lower.ctypes.data,
+                    unused.ctypes.data,
+                )
                 for k in range(LANES):
                     if risk >> k & 1:
                         query_found[found], row_found[found], lower_found[found] = k, row, lower[k]

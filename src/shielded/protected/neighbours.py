@@ -130,8 +130,10 @@ class Pruned:
 
         def search(shards: np.ndarray) -> list[tuple[np.ndarray, ...]]:
             pairs = []
+            room = LANES * max(len(self._rows[shard].head) for shard in shards)
+            into = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
             for shard in shards:
-                place, row, lower = view.search(shard, needed[self._cells(shard)], top[self._cells(shard)])
+                place, row, lower = view.search(shard, needed[self._cells(shard)], top[self._cells(shard)], into)
                 if len(row):
                     stored = self._starts[shard] + self._indexes[shard].order.numpy()[row].astype(np.int64)
                     there = (query[place] >= 0) & (row < self._counts[shard])
@@ -143,7 +145,7 @@ class Pruned:
         shards = np.flatnonzero([needed[self._cells(shard)].any() for shard in range(len(self._indexes))])
         group.seen[needed] = group.kept  # in case this ends early
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            for pairs in threads.map(search, np.array_split(shards, min(len(shards), _JOBS) or 1)):
+            for pairs in threads.map(search, np.array_split(shards, min(len(shards), _JOBS)) if len(shards) else ()):
                 yield from pairs
         group.seen[needed] = group.turn
 
@@ -243,18 +245,20 @@ class _View:
         group.seen[group.seen == group.turn] = group.kept
         group.known.anchor[group.known.anchor == group.turn] = group.kept
         step = np.abs(self._x).max(1) / 126
-        step = np.where(step > 0, step, 1.0).astype(np.float32)
-        codes = np.rint(self._x / step.astype(np.float64)[:, None])
-        y = codes * step.astype(np.float64)[:, None]
+        step = np.maximum(step, _TINY).astype(np.float32)
+        steps = step.astype(np.float64)[:, None]
+        codes = np.rint(self._x / steps)
+        y, fine = codes * steps, np.rint(254 * (self._x / steps - codes))
         group.x[group.turn], group.u[group.turn] = self._x, self._u
         group.y[group.turn], group.y_u[group.turn] = y, self._found._projection.down(y)
-        codes = codes.astype(np.int8)
-        self._queries = Queries(group.turn, kernels.blocks(codes), kernels.shifts(codes), step)
+        self._fine = y + fine * (steps / 254)
+        packed = [pack(part.astype(np.int8)) for part in (codes, fine) for pack in (kernels.blocks, kernels.shifts)]
+        self._queries = Queries(group.turn, *packed, step)
 
     def _quantised_heads(self) -> tuple[list[Heads], np.ndarray]:
-        """2 u · head_scale for each shard, and by how much (cells, S) products with its heads may be off."""
+        """2 u · head_scale for each shard, and by how much (cells, LANES) products with its heads may be off."""
         found = self._found
-        scaled = 2 * self._u * found._head_scales[:, None]  # (shards, S, size)
+        scaled = 2 * self._u * found._head_scales[:, None]  # (shards, LANES, size)
         step = np.abs(scaled).max(2) / (127 * 254)
         step = np.maximum(step, _TINY).astype(np.float32).astype(np.float64)
         whole = np.rint(scaled / step[..., None])
@@ -269,13 +273,19 @@ class _View:
     def _by_products(self) -> Terms:
         """Of all cells. x = c y + w."""
         found, group = self._found, self.group
-        inner, energy = np.einsum("jsd,sd->js", group.y, self._x), np.square(group.y).sum(2)
+        none, fine_u = np.zeros((1, LANES)), found._projection.down(self._fine)
+
+        def for_each_y(kept: np.ndarray, present: np.ndarray, fine: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.einsum("jsd,sd->js", kept, present), none, (fine * present).sum(1)[None]])
+
+        def squares(kept: np.ndarray, fine: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.square(kept).sum(2), none, np.square(fine).sum(1)[None]])
+
+        inner, energy = for_each_y(group.y, self._x, self._fine), squares(group.y, self._fine)
         c = inner / np.where(energy > 0, energy, 1)
         w = self._squared - 2 * c * inner + c**2 * energy
-        low = self._low - 2 * c * np.einsum("jsd,sd->js", group.y_u, self._u) + c**2 * np.square(group.y_u).sum(2)
-        none = np.zeros((1, LANES))
-        c, length = np.concatenate([c, none]), np.sqrt(np.concatenate([energy, none]))
-        w, low = np.concatenate([w, none + self._squared]), np.concatenate([low, none + self._low])
+        low = self._low - 2 * c * for_each_y(group.y_u, self._u, fine_u) + c**2 * squares(group.y_u, fine_u)
+        length = np.sqrt(energy)
         low, high = _roots(low, w, self._squared + np.square(c * length))
 
         most, norm = found._most, found._norm[:, None]
@@ -291,7 +301,7 @@ class _View:
             return Terms(_below(common), *((-2 * part).astype(np.float32) for part in (c, high, length)))
 
     def unseen(self) -> np.ndarray:
-        """Lower bounds (cells, S) of the squared distances to all rows of a cell, from when it was last looked at."""
+        """Lower bounds (cells, LANES) of the squared distances to the rows of a cell, from when it was last looked at."""
         found, group, none = self._found, self.group, np.zeros((1, LANES))
         squared = np.square(group.x).sum(2)
         w = self._squared - 2 * np.einsum("jsd,sd->js", group.x, self._x) + squared
@@ -303,13 +313,14 @@ class _View:
         size = self._squared + np.square(found._norm)[:, None]
         return group.nearest.astype(np.float64) + more - most - _ROUNDING * size
 
-    def search(self, shard: int, needed: np.ndarray, top: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Place, row of the index and lower bound of what is not above `top` (c, LANES) in the cells of a shard."""
-        room = len(self._found._rows[shard].head) * LANES
-        place, row, lower = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+    def search(self, shard: int, needed: np.ndarray, top: np.ndarray, into: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+        """Place, row of the index and lower bound of what is not above `top` (c, LANES) in the cells of a shard.
+
+        They are the first of three arrays (n · LANES,) of int32, int32 and float32.
+        """
         nearest = self.group.nearest[self._found._cells(shard)]
-        count = kernels.search(needed, *self._of(shard), self._queries, top, nearest, place, row, lower)
-        return place[:count], row[:count], lower[:count]
+        count = kernels.search(needed, *self._of(shard), self._queries, top, nearest, *into)
+        return [found[:count] for found in into]
 
     def rough(self, shard: int) -> np.ndarray:
         """‖z‖² − 2 u·p for all rows of a shard, (n, LANES)."""
