@@ -301,7 +301,7 @@ class _View:
             return Terms(_below(common), *((-2 * part).astype(np.float32) for part in (c, high, length)))
 
     def unseen(self) -> np.ndarray:
-        """Lower bounds (cells, LANES) of the squared distances to the rows of a cell, from when it was last looked at."""
+        """Lower bounds (cells, LANES) of the squared distances to rows of a cell, from when it was last looked at."""
         found, group, none = self._found, self.group, np.zeros((1, LANES))
         squared = np.square(group.x).sum(2)
         w = self._squared - 2 * np.einsum("jsd,sd->js", group.x, self._x) + squared
