@@ -17,6 +17,7 @@ An index is not part of the set: it is made when it is missing, never changes, a
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +32,7 @@ FORMAT = "shielded-index-2"
 CELL = 2048  # rows that are ruled out together, at most
 LINE = 64  # bytes; rows of codes are filled up to whole ones
 _HEAD = 128  # numbers in the head of a row, at most, if there are no more channels than that
+_PAGE = 4096  # bytes
 _PIECE = 1 << 22  # numbers in the float64 arrays of `build`
 
 
@@ -207,12 +209,21 @@ def write(path: Path, index: Index) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
-            file.write(save(tensors, {"format": FORMAT, "sha256": _digest(tensors)}))
+            file.write(_packed(tensors))
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    """As safetensors, filled up so that the codes start with a page: a row then takes as few pages as it can."""
+    metadata = {"format": FORMAT, "sha256": _digest(tensors), "filling": ""}
+    content = save(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    at_codes = start + json.loads(content[8:start])["codes"]["data_offsets"][0]
+    return save(tensors, {**metadata, "filling": " " * (-at_codes % _PAGE)})
 
 
 def read(path: Path, rows: int, projection: Projection) -> Index | None:
