@@ -1,5 +1,7 @@
 """The search of large sets, with its indexes, against brute force in float64."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def device(request, monkeypatch):
     """Where queries are. A set has an index for them, or all of it is read, or a copy of it lies where they are."""
     monkeypatch.setattr(search, "SMALL", 0)
     if request.param == "all":
-        monkeypatch.setattr(search.Search, "_compiles", False)
+        monkeypatch.setattr(search.Search, "_compiled", None)
     if request.param == "copy":
         monkeypatch.setattr(search.Search, "_on_device", lambda *_: True)
     return "cuda" if request.param == "cuda" else "cpu"
@@ -207,7 +209,7 @@ def test_large_latents(indexed, tmp_path, shape):
 def test_without_numba_all_is_read_and_a_warning_says_so(indexed, monkeypatch, tmp_path):
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
     protected.add(torch.randn(60, 4, 4, 4, generator=torch.Generator().manual_seed(0)), [str(i) for i in range(60)])
-    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, neighbours.__name__, None)
     with pytest.warns(UserWarning, match=r"pip install 'shielded\[large\]'"):
         assert protected.nearest_rows(protected.vectors([7]), 1)[1].tolist() == [[7]]
     assert not list((tmp_path / "set").glob("*.index.*"))

@@ -7,13 +7,14 @@ again by subtraction in float64.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -256,7 +257,7 @@ class Search:
                 found = self._copy(x.device).within(x, _on(x.device, radius, shrink), nearest)
             elif self._is_small():
                 found = [within(_float64(x), *self._matrix, _shrunk(radius, shrink))]
-            elif not self._compiles:
+            elif self._compiled is None:
                 found = self._within_all(_float64(x), _shrunk(radius, shrink))
             elif nearest is None:
                 found = self._within_large(_float64(x), radius, shrink)
@@ -278,7 +279,7 @@ class Search:
             return self._copy(x.device).nearest(x, k)
         if self._is_small():
             return nearest(_float64(x), *self._matrix, k)
-        if not self._compiles:
+        if self._compiled is None:
             return self._nearest_all(_float64(x), k)
         found = list(self._nearest_large(_float64(x), k))
         rows = np.array([row for _, row, _ in found], np.int64).reshape(-1, k)
@@ -297,15 +298,17 @@ class Search:
     # ---- large sets without Numba: all of it is read ----
 
     @cached_property
-    def _compiles(self) -> bool:
-        if importlib.util.find_spec("numba") is not None:
-            return True
-        warnings.warn(
-            f"Every search reads all of the {len(self):,} protected images, since Numba is not installed: "
-            "pip install 'shielded[large]' makes it many times as fast.",
-            stacklevel=4,
-        )
-        return False
+    def _compiled(self) -> ModuleType | None:
+        """`neighbours.py`, which needs Numba."""
+        try:
+            return importlib.import_module(".neighbours", __package__)
+        except ImportError as error:
+            warnings.warn(
+                f"Every search reads all of the {len(self):,} protected images, since Numba cannot be used ({error}): "
+                "pip install 'shielded[large]' makes it many times as fast.",
+                stacklevel=4,
+            )
+            return None
 
     def _within_all(self, x: np.ndarray, radius: np.ndarray) -> Iterator[Pairs]:
         for rows, latents, norms in self._alive_parts():
@@ -414,8 +417,6 @@ class Search:
 
     @cached_property
     def _pruned(self) -> Pruned:
-        from .neighbours import Pruned  # Numba is an extra
-
         projection = Projection(self._shape)
         parts = self._vectors.parts()
         made = [
@@ -423,7 +424,7 @@ class Search:
             for path, (_, rows) in zip(tqdm(self._paths, "index", disable=None, leave=False), parts, strict=True)
         ]
         starts, counts = zip(*((start, len(rows)) for start, rows in parts), strict=True)
-        return Pruned(made, list(starts), list(counts), projection, self._vectors.alive)
+        return self._compiled.Pruned(made, list(starts), list(counts), projection, self._vectors.alive)
 
     def _index(self, path: Path, rows: np.ndarray, projection: Projection) -> Index:
         """The index of a shard; where the folder cannot be written to, in a temporary one."""
