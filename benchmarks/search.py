@@ -4,8 +4,8 @@ python benchmarks/search.py exact --work DIR    # against brute force in float64
 python benchmarks/search.py speed --work DIR    # 10 k, 100 k and 1.2 M rows along a sampler's trajectories
 
 Both need photos and tiny autoencoders (`--photos`, `--taesd`; `search_data.py` says how sets are made of them) and keep
-what they make in DIR: 40 GB for 1.2 M rows. `speed` needs the extras `bench` and `large`, and an idle machine; with `--device cuda`
-queries, our search and brute force are on a GPU, and FAISS is on the CPU.
+what they make in DIR: 40 GB for 1.2 M rows. `speed` needs the extras `bench` and `large`, and an idle machine; with
+`--device cuda` queries, our search and brute force are on a GPU, and FAISS is on the CPU.
 """
 
 from __future__ import annotations
