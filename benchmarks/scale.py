@@ -213,7 +213,7 @@ def show(measured: dict[str, Any]) -> str:
     per_number, per_row = m["alone"]["first"] / rows / dim, m["alone"]["later"] / rows
     question, gather = m["ray 2"]["question"] / 2, m["processes 2"]["gather"]
     head = m["index bytes"] / rows - dim  # and the few other numbers of each row
-    kept = head + 4 * BATCH  # a float32 per row for each image is what a search remembers
+    kept = head + 4 * BATCH + 1  # a float32 per row for each image, and of which step, is what a search remembers
     more = (m["set bytes"] - m["index bytes"]) / rows - 2 * dim  # ids, digests, norms
     lines += [
         "",
