@@ -55,9 +55,10 @@ class Projection:
         channels = int(np.prod(shape[: self._first]))
         frequency = sum(np.ix_(*(np.arange(n) / n for n in axes)))
         lowest = np.argsort(frequency, axis=None, kind="stable")[: max(1, _HEAD // channels)]
-        used = [1 + int(place.max()) for place in np.unravel_index(lowest, axes)]
+        places = np.unravel_index(lowest, axes)
+        used = [1 + int(place.max()) for place in places]
         self._waves = [_cosines(n, count) for n, count in zip(axes, used, strict=True)]
-        self._lowest = np.ravel_multi_index(np.unravel_index(lowest, axes), used)
+        self._lowest = np.ravel_multi_index(places, used)
         self.dim = int(np.prod(shape))
         self.size = channels * len(lowest)
 

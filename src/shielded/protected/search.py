@@ -255,9 +255,7 @@ class Search:
         if len(self) and len(x):
             if self._on_device(x):
                 found = self._copy(x.device).within(x, _on(x.device, radius, shrink), nearest)
-            elif self._is_small():
-                found = [within(_float64(x), *self._matrix, _shrunk(radius, shrink))]
-            elif self._compiled is None:
+            elif self._is_small() or self._compiled is None:
                 found = self._within_all(_float64(x), _shrunk(radius, shrink))
             elif nearest is None:
                 found = self._within_large(_float64(x), radius, shrink)
@@ -277,15 +275,13 @@ class Search:
         """
         if self._on_device(x):
             return self._copy(x.device).nearest(x, k)
-        if self._is_small():
-            return nearest(_float64(x), *self._matrix, k)
-        if self._compiled is None:
+        if self._is_small() or self._compiled is None:
             return self._nearest_all(_float64(x), k)
         found = list(self._nearest_large(_float64(x), k))
         rows = np.array([row for _, row, _ in found], np.int64).reshape(-1, k)
         return np.array([distance for _, _, distance in found]).reshape(-1, k), rows
 
-    # ---- small sets: all of it in memory ----
+    # ---- small sets in memory, and large ones without Numba: all of it is read ----
 
     def _is_small(self) -> bool:
         return len(self) <= SMALL and self._fits
@@ -294,8 +290,6 @@ class Search:
     def _matrix(self) -> tuple[Tensor, np.ndarray]:
         latents = torch.from_numpy(self._vectors.take(self._stored))
         return latents, squared_norms(latents)
-
-    # ---- large sets without Numba: all of it is read ----
 
     @cached_property
     def _compiled(self) -> ModuleType | None:
@@ -311,27 +305,29 @@ class Search:
             return None
 
     def _within_all(self, x: np.ndarray, radius: np.ndarray) -> Iterator[Pairs]:
-        for rows, latents, norms in self._alive_parts():
-            query, row, distance = within(x, latents, norms, radius[:, rows])
-            yield query, rows[row], distance
+        for first, latents, norms in self._parts():
+            query, row, distance = within(x, latents, norms, radius[:, first : first + len(latents)])
+            yield query, row + first, distance
 
     def _nearest_all(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         distances, rows = np.empty((len(x), 0)), np.empty((len(x), 0), np.int64)
-        for numbers, latents, norms in self._alive_parts():
+        for first, latents, norms in self._parts():
             distance, row = nearest(x, latents, norms, min(k, len(latents)))
-            distances, rows = np.append(distances, distance, axis=1), np.append(rows, numbers[row], axis=1)
-            first = np.lexsort((rows, distances))[:, :k]
-            distances, rows = np.take_along_axis(distances, first, 1), np.take_along_axis(rows, first, 1)
+            distances, rows = np.append(distances, distance, axis=1), np.append(rows, row + first, axis=1)
+            best = np.lexsort((rows, distances))[:, :k]
+            distances, rows = np.take_along_axis(distances, best, 1), np.take_along_axis(rows, best, 1)
         return distances, rows
 
-    def _alive_parts(self) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
-        """Rows, vectors and ‖z‖² of each shard, without those that have been removed."""
+    def _parts(self) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+        """First row, vectors and ‖z‖² of what is in memory at a time, without rows that have been removed."""
+        if self._is_small():
+            yield 0, *self._matrix
+            return
         for (start, vectors), norms in zip(self._vectors.parts(), self._norms, strict=True):
-            stored = np.arange(start, start + len(vectors))
-            if self._vectors.alive is not None:
-                stored = stored[self._vectors.alive[stored]]
-            if len(stored):
-                yield self._row[stored], torch.from_numpy(vectors[stored - start]), norms[stored - start]
+            alive = slice(None) if self._vectors.alive is None else self._vectors.alive[start : start + len(vectors)]
+            latents = torch.from_numpy(vectors[alive].copy())
+            if len(latents):
+                yield int(np.searchsorted(self._stored, start)), latents, norms[alive]
 
     @cached_property
     def _norms(self) -> list[np.ndarray]:

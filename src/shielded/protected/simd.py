@@ -72,8 +72,8 @@ def multiplication(width: int):
             )
 
             def load(start, offset):
-                at = builder.gep(start, [builder.add(offset, ir.Constant(_LONG, 0))])
-                return builder.load(builder.bitcast(at, part_type.as_pointer()), align=1)
+                at = builder.bitcast(builder.gep(start, [offset]), part_type.as_pointer())
+                return builder.load(at, align=1)
 
             before, loop, after = builder.block, *map(builder.append_basic_block, ("loop", "after"))
             builder.branch(loop)

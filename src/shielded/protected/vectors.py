@@ -27,6 +27,7 @@ class Vectors:
     ) -> None:
         self.paths, self._blocks, self._dim, self.alive = list(paths), list(blocks), dim, alive
         self._starts = np.cumsum([0, *map(len, blocks)])
+        self._dtype = np.result_type(*blocks) if len(blocks) else np.dtype(np.float32)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,7 +40,7 @@ class Vectors:
 
     def take(self, stored_rows: np.ndarray) -> np.ndarray:
         """(P, dim) float32, the vectors of the stored rows (P,) in their order."""
-        vectors = np.empty((len(stored_rows), self._dim), np.result_type(*self._blocks) if self._blocks else np.float32)
+        vectors = np.empty((len(stored_rows), self._dim), self._dtype)
         part = np.searchsorted(self._starts, stored_rows, side="right") - 1
         for number in np.unique(part):
             here = part == number
