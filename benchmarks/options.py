@@ -18,7 +18,7 @@ from shielded import Spell
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score, frechet_distance, vendi
 from shielded.files import replacing
-from shielded.generate import Generated, generate
+from shielded.generation import Generated, generate
 from shielded.models import EMOJI, GUIDANCE, load
 
 SEEDS = 8

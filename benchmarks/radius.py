@@ -19,7 +19,7 @@ from shielded import Calibration, ProtectedSet, Spell
 from shielded.cli import app
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score
-from shielded.generate import generate
+from shielded.generation import generate
 from shielded.models import EMOJI, GUIDANCE, load
 
 LEVELS = ((1.0, 0.8), (0.8, 0.6), (0.6, 0.4), (0.4, 0.2), (0.2, 0.0))

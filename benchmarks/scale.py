@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from shielded import LatentSpace, ProtectedSet, Spell, distributed
+from shielded import LatentSpace, ProtectedSet, Spell
 from shielded.files import replace_section, write_json
-from shielded.generate import generate
+from shielded.generation import distributed, generate
 from shielded.models import GUIDANCE, load
-from shielded.protected import cluster, protected_set
+from shielded.protected import protected_set
+from shielded.protected.ray import cluster
 
 SPACES = {
     "emoji, 128 px": 1_024,

@@ -16,8 +16,7 @@ import diffusers
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from scheduler_cases import BOUND, CASES, corrected_error, prediction_of, traces_left
-
+from helpers.scheduler_cases import BOUND, CASES, corrected_error, prediction_of, traces_left
 from shielded.samplers.coefficients import REFUSED
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -31,9 +30,9 @@ fails them.
 
 A random linear model is sampled for 5 steps with a correction Δ of unit variance at each evaluation of the model, in \
 two of three images. **Error** is max |x0' − (x0 + Δ)| / max |x0 + Δ|, the largest over all evaluations and over all \
-option sets of the class (`tests/scheduler_cases.py`: noise schedules, solver orders and types, shifts), where x0 is \
-what the Spell was given and x0' what the scheduler goes on with. x0' is read where the scheduler shows it, without \
-use of this package's coefficients:
+option sets of the class (`tests/helpers/scheduler_cases.py`: noise schedules, solver orders and types, shifts), where \
+x0 is what the Spell was given and x0' what the scheduler goes on with. x0' is read where the scheduler shows it, \
+without use of this package's coefficients:
 
 - *returned*: by the step, as `pred_original_sample` or `denoised`;
 - *kept*: in the history of a multistep solver, `model_outputs`;

@@ -39,9 +39,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shielded import LatentSpace, ProtectedSet
-from shielded.calibration import Calibration
 from shielded.files import replace_section
-from shielded.protected import search
+from shielded.protected.search import search
+from shielded.spell import Calibration
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 FLAT = 100_000  # rows up to which everything fits into memory as float32

@@ -28,11 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shielded import LatentSpace, ProtectedSet, Spell
-from shielded.certificate import measure
+from shielded.certificates.certificate import measure
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score, frechet_distance, precision_recall
 from shielded.files import replacing, write_json
-from shielded.generate import generate
+from shielded.generation import generate
 from shielded.models import EMOJI, GUIDANCE, load
 
 METHODS: dict[str, tuple[dict[str, Any] | None, str]] = {

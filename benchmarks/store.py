@@ -84,7 +84,7 @@ def write_photos(folder: Path, count: int) -> None:
 def protect(given: str | None, model: str, count: int, device: str, repeats: int) -> None:
     from shielded.latent_space import to_pixels
     from shielded.models import load
-    from shielded.protected import images, sources
+    from shielded.protected.ingest import images, sources
 
     with tempfile.TemporaryDirectory() as folder:
         if given is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shielded import RepelledDenoiser, Spell, repellency
 from shielded.files import replacing
-from shielded.report import Row, protection_grid, stack
+from shielded.runs.report import Row, protection_grid, stack
 
 BLUE, ORANGE, GREY = "#2563a8", "#c2410c", "#6b7280"
 matplotlib.use("svg")

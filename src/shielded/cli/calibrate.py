@@ -75,9 +75,9 @@ def calibrate(
             raise UsageError("--per-image writes radii for a protected set; give one with --protect.")
         if protect is None and not images and (not seeds or (texts is None and model != "emoji")):
             raise UsageError("nothing to measure; give --protect, --images or --prompts.")
-        from shielded import calibrate as job
         from shielded.protected import ProtectedSet
-        from shielded.protected.sources import require_images
+        from shielded.protected.ingest.sources import require_images
+        from shielded.radius import calibrate as job
 
         require_images(images or ())  # before anything is written
         if protect is not None:

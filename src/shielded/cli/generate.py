@@ -80,7 +80,7 @@ def generate(
 
             if ProtectedSet.open(protect).radii.isnan().any():
                 raise UsageError(f"{protect} has images without a radius; give one with --radius (see calibrate).")
-        from shielded.run import run
+        from shielded.runs.paired import run
 
         report = run(
             out,
@@ -110,7 +110,7 @@ def generate(
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:
-    from shielded.report.grid import number
+    from shielded.runs.report.grid import number
 
     made = report["n"] - len(report["refused"])
     lines = [f"{made} image{'' if made == 1 else 's'} in {out / 'with'}; the same seeds without SPELL beside it."]

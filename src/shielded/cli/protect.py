@@ -96,7 +96,7 @@ def _delete(out: Path) -> None:
 
 
 def _remove(protected: ProtectedSet, ids: list[str]) -> int:
-    from shielded.protected.images import MIRRORED
+    from shielded.protected.ingest.images import MIRRORED
 
     mirrored = [MIRRORED + name for name in ids]
     try:
@@ -118,7 +118,7 @@ def _add(
 ) -> AddedImages:
     """Encodes the images of a job into the set; goes on with the same job if that was stopped."""
     from shielded.protected import ProtectedSet, add_images, store
-    from shielded.protected.sources import require_images
+    from shielded.protected.ingest.sources import require_images
 
     if out.is_file() or (out.is_dir() and not all(map(store.is_own, out.iterdir()))):
         raise UsageError(f"{out} holds something else; give a protected set a folder of its own.")
@@ -129,7 +129,7 @@ def _add(
         raise UsageError(f"{out} is a protected set already; use --add to add to it, or --overwrite to replace it.")
     require_images(job["paths"])  # a path that does not exist ends it before the model is loaded
     if ray is not None:
-        from shielded.protected import cluster
+        from shielded.protected.ray import cluster
 
         cluster.connect(ray)
 

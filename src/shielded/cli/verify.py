@@ -34,10 +34,10 @@ def verify(
     Example: shielded verify images/with --protect my-set
     """
     with errors(debug):
+        from shielded.certificates import verify_images
         from shielded.latent_space import LatentSpace
         from shielded.models import load
         from shielded.protected import ProtectedSet, load_images
-        from shielded.verification import verify_images
 
         loaded, skipped = load_images(paths, strict=False)
         for path, reason in skipped:

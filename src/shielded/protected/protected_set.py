@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..latent_space import LatentSpace
-from . import store
-from .columns import Column, Digests, Ids, Rows, Texts, keys
-from .index import index_path
-from .search import MEMORY, Hits, Search
-from .vectors import Vectors
+from shielded.latent_space import LatentSpace
+from shielded.protected import store
+from shielded.protected.columns import Column, Digests, Ids, Rows, Texts, keys
+from shielded.protected.search.indexed.index import index_path
+from shielded.protected.search.search import MEMORY, Hits, Search
+from shielded.protected.vectors import Vectors
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _SHARD_BYTES = 1 << 26  # of latents in one file, unless a single row is larger
@@ -123,7 +123,7 @@ class ProtectedSet:
             version: None for the set as it is now, or the number of an earlier version, which can be opened until
                 `compact` deletes what has been removed since.
             ray: address of a Ray cluster whose workers share the shards between them and search them, for a set that
-                is too large for one machine; see `shielded.protected.cluster`.
+                is too large for one machine; see `shielded.protected.ray`.
             memory: bytes that the search may hold besides queries and answers, in each worker with `ray`; None: 1 GiB.
                 With less it takes fewer images at a time. What is mapped from disk does not count.
 
@@ -142,7 +142,7 @@ class ProtectedSet:
         manifest = store.read_manifest(path)
         make: Callable[..., ProtectedSet] = cls
         if ray is not None:
-            from .cluster import ClusterSet
+            from shielded.protected.ray.cluster import ClusterSet
 
             make = partial(ClusterSet, address=ray)
         while True:

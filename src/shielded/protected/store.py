@@ -33,7 +33,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .columns import Digests, Rows, Texts
+from shielded.protected.columns import Digests, Rows, Texts
 
 try:
     import fcntl

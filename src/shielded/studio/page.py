@@ -11,7 +11,7 @@ from gradio.utils import get_upload_folder
 
 from shielded.latent_space import LatentSpace
 from shielded.models import PRESETS, load
-from shielded.report import trace_plot
+from shielded.runs.report import trace_plot
 from shielded.studio.session import COLUMNS, Result, Session, Settings
 
 _EXPLAIN = (

@@ -15,13 +15,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from shielded.files import replacing, write_json
-from shielded.generate import Generated, generate
-from shielded.history import History
+from shielded.generation import Generated, generate
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.protected import ProtectedSet
-from shielded.report import Row, write_report
-from shielded.run import closest_pair, compare, open_log, settings_of, write_images
-from shielded.spell import Spell
+from shielded.runs.paired import closest_pair, compare, open_log, settings_of, write_images
+from shielded.runs.report import Row, write_report
+from shielded.spell import History, Spell
 
 MOST_UPLOADS = 64
 MOST_PIXELS = 50_000_000

@@ -1,0 +1,255 @@
+"""How far a finished image is from its nearest protected image, measured exactly, and the record of it.
+
+A certificate is evidence that anyone with the protected set can compute again, not a signature: whoever can write the
+image can write a certificate. `shielded.certificates.verification` computes it again and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from shielded.files import replacing, write_json
+from shielded.latent_space import to_rgb
+from shielded.protected import ProtectedSet
+
+PNG_KEY = "shielded"  # keyword of the PNG text chunk
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The evidence for one image. Distances are L2 in the latent space of the protected set.
+
+    What it says is that the image's latents lie so far from the nearest protected latents, no more: a picture outside
+    every shield can still resemble a protected one in ways that this distance does not measure.
+
+    Args:
+        image: file name.
+        sha256: of the file, whole. None in the copy inside the file, which cannot hold its own digest.
+        nearest_id: the protected image that the sampler's finished latents are nearest to, or, if there is one, the
+            nearest of those whose shield they are in.
+        nearest_distance: from there to the finished latents.
+        radius: of its shield.
+        inside: the finished latents or the encoded picture lie inside a shield: a leak.
+        attempts: how often the image was sampled.
+        protected_set: fingerprint of the latent space.
+        protected_version: of the set.
+        protected_history: digest of the set's history up to this version; tells sets of one latent space apart.
+        pixels_sha256: of size and RGB pixels alone, so that it holds for the same picture in another file.
+        decoded_id: the protected image that the picture's pixels, encoded again, are nearest to. None: not measured.
+        decoded_distance: from there to the encoded picture.
+        repair: "restart" or "push" if that is what brought the image out of a shield.
+        prompt: what the image was made from.
+        seed: likewise.
+        model: likewise.
+        settings: of Spell and of the sampler.
+        package_version: of shielded.
+    """
+
+    image: str
+    sha256: str | None
+    nearest_id: str
+    nearest_distance: float
+    radius: float
+    inside: bool
+    attempts: int
+    protected_set: str
+    protected_version: int
+    protected_history: str | None = None
+    pixels_sha256: str | None = None
+    decoded_id: str | None = None
+    decoded_distance: float | None = None
+    repair: str | None = None
+    prompt: str | None = None
+    seed: int | None = None
+    model: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    package_version: str = importlib.metadata.version("shielded")
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Certificate:
+        """Read a JSON file.
+
+        Raises:
+            ValueError: it is not a certificate.
+        """
+        return cls.from_json(Path(path).read_text(errors="replace"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Certificate:
+        """Raises ValueError if the text is not a certificate; fields of later versions of this package are left out."""
+        known = {f.name for f in fields(cls)}
+        try:
+            content = json.loads(text)
+            certificate = cls(**{key: value for key, value in content.items() if key in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is not a certificate: {error}") from None
+        for name in ("nearest_distance", "radius", "decoded_distance"):
+            value = getattr(certificate, name)
+            if not isinstance(value, (int, float)) and not (value is None and name == "decoded_distance"):
+                raise ValueError(f"this is not a certificate: {name} is {value!r}.")
+        return certificate
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where one latent lies.
+
+    Args:
+        id: the nearest protected image.
+        distance: to it.
+        radius: of its shield.
+        leak: (id, distance, radius) of the nearest protected image whose shield it is inside of, or None. With radii
+            of their own that need not be the nearest of all.
+    """
+
+    id: str
+    distance: float
+    radius: float
+    leak: tuple[str, float, float] | None
+
+
+def measure(latents: Tensor, protected: ProtectedSet, radius: float | Tensor | None = None) -> list[Measured]:
+    """Measure latents (B, *S) against a protected set, exactly.
+
+    Args:
+        latents: in the latent space of the set.
+        protected: what they are measured against.
+        radius: of every shield, one number or (K,); None: the set's own radii.
+
+    Raises:
+        ValueError: an empty set, latents of another shape, or a missing radius.
+    """
+    latents = latents.detach().float().cpu()
+    radii = protected.radii if radius is None else torch.as_tensor(radius, dtype=torch.float64).expand(len(protected))
+    distances, rows = protected.nearest_rows(latents, 1)
+    hits = protected.within(latents, radius)
+    deepest: dict[int, tuple[float, int]] = {}
+    for query, row, distance in zip(hits.query.tolist(), hits.row.tolist(), hits.distance.tolist(), strict=True):
+        deepest[query] = min(deepest.get(query, (float("inf"), row)), (distance, row))
+
+    def at(row: int, distance: float) -> tuple[str, float, float]:
+        return str(protected.ids[row]), distance, float(radii[row])
+
+    return [
+        Measured(*at(row, distance), leak=at(*deepest[i][::-1]) if i in deepest else None)
+        for i, (row, distance) in enumerate(zip(rows[:, 0].tolist(), distances[:, 0].tolist(), strict=True))
+    ]
+
+
+def certify(
+    latents: Tensor,
+    files: list[Path],
+    protected: ProtectedSet,
+    radius: float | None = None,
+    attempts: int = 1,
+    decoded: Tensor | None = None,
+    details: list[dict[str, Any]] | None = None,
+) -> list[Certificate]:
+    """Measure finished images against a protected set.
+
+    Args:
+        latents: (B, *S) final latents of the sampler, row by row those of `files`.
+        files: the written images.
+        protected: what they are measured against.
+        radius: of every shield; None: the set's own radii.
+        attempts: how often the images were generated.
+        decoded: (B, *S) the written pictures, encoded again; None: not measured.
+        details: further fields of each certificate.
+
+    Raises:
+        ValueError: not one latent per file, or an empty set.
+    """
+    if len(latents) != len(files):
+        raise ValueError(f"{len(files)} files but {len(latents)} latents; give one row of latents per file.")
+    finished = measure(latents, protected, radius)
+    again = [None] * len(files) if decoded is None else measure(decoded, protected, radius)
+    history = history_sha256(protected)
+    certificates = []
+    for i, (file, here, there) in enumerate(zip(files, finished, again, strict=True)):
+        name, distance, own = here.leak or (here.id, here.distance, here.radius)
+        with Image.open(file) as image:
+            pixels = pixels_sha256(image)
+        certificate = Certificate(
+            image=file.name,
+            sha256=file_sha256(file),
+            nearest_id=name,
+            nearest_distance=distance,
+            radius=own,
+            inside=here.leak is not None or (there is not None and there.leak is not None),
+            attempts=attempts,
+            protected_set=protected.space.fingerprint,
+            protected_version=protected.version,
+            protected_history=history,
+            pixels_sha256=pixels,
+            decoded_id=None if there is None else there.id,
+            decoded_distance=None if there is None else there.distance,
+        )
+        certificates.append(certificate if details is None else replace(certificate, **details[i]))
+    return certificates
+
+
+def leaks(certificates: list[Certificate]) -> int:
+    """How many of the images lie inside a shield."""
+    return sum(certificate.inside for certificate in certificates)
+
+
+# Certificates on disk -----------------------------------------------------------------------------------------------
+
+
+def beside(file: Path) -> Path:
+    """Where the certificate of an image file lies: image.png has image.json."""
+    return file.with_suffix(".json")
+
+
+def attach_certificate(file: Path, certificate: Certificate) -> Certificate:
+    """Write a certificate into a PNG file's metadata and as JSON beside it.
+
+    Returns:
+        The certificate with the digest of the file as it is now, as it stands in the JSON.
+    """
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(PNG_KEY, json.dumps(asdict(replace(certificate, sha256=None))))
+    with Image.open(file) as image:
+        image.load()
+    with replacing(file) as draft:
+        image.save(draft, format="PNG", pnginfo=text)
+    certificate = replace(certificate, sha256=file_sha256(file))
+    certificate.write(beside(file))
+    return certificate
+
+
+# Digests ------------------------------------------------------------------------------------------------------------
+
+
+def pixels_sha256(image: Image.Image) -> str:
+    """SHA-256 of width, height and the RGB pixels."""
+    picture = to_rgb(image)
+    return hashlib.sha256(f"{picture.width}x{picture.height} RGB\n".encode() + picture.tobytes()).hexdigest()
+
+
+def history_sha256(protected: ProtectedSet) -> str:
+    """SHA-256 of what happened to a set up to its version."""
+    return hashlib.sha256(json.dumps(protected.history, sort_keys=True).encode()).hexdigest()
+
+
+def certificate_sha256(certificate: Certificate) -> str:
+    """SHA-256 of what a certificate says, the same for the copies beside a file and inside it."""
+    return hashlib.sha256(json.dumps(asdict(replace(certificate, sha256=None)), sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

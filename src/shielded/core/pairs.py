@@ -1,0 +1,65 @@
+"""The correction that keeps the images of a batch apart: the paper's sum, and the smallest joint move."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shielded.core.directions import COINCIDENT, tie_break
+from shielded.core.distances import CHUNK, pair_distances
+from shielded.core.projection import separate
+from shielded.core.references import Hits
+
+
+def active_pairs(x0: Tensor, radius: Tensor, together: Tensor) -> Tensor:
+    """(B, B) bool: pairs of different rows that repel each other and lie closer than radius (B, B)."""
+    distance = torch.cdist(x0, x0, compute_mode="donot_use_mm_for_euclid_dist")
+    itself = torch.eye(len(x0), dtype=torch.bool, device=x0.device)  # by index: duplicates do repel each other
+    return together & ~itself & (distance < radius)
+
+
+def sum_pairs(x0: Tensor, radius: Tensor, close: Tensor) -> Tensor:
+    """The paper's Δ with the other images of the batch as references, for the pairs in `close`. (B, D)"""
+    query, row = torch.nonzero(close, as_tuple=True)
+    distance = pair_distances(x0, x0, query, row)
+    hits = Hits(query, row, distance, radius[query, row].double())
+    # Two equal rows have equal noise too; a difference of fixed vectors is opposite for the two.
+    fixed = tie_break(tuple(x0.shape), x0.device)
+    delta = torch.zeros_like(x0)
+    piece = max(1, CHUNK // x0.shape[1])
+    for part in (hits[index] for index in torch.arange(len(hits), device=x0.device).split(piece)):
+        offset = x0[part.query] - x0[part.row]
+        coincident = part.distance <= COINCIDENT * part.radius
+        offset = torch.where(coincident[:, None], fixed[part.query] - fixed[part.row], offset)
+        length = torch.where(coincident, offset.norm(dim=1).double(), part.distance)
+        weight = ((part.radius - part.distance) / length).to(offset.dtype)
+        delta.index_add_(0, part.query, weight[:, None] * offset)
+    return delta
+
+
+def project_pairs(x0: Tensor, radius: Tensor, together: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest joint move after which no pair is closer than radius (B, B); both sides share it.
+
+    Returns:
+        the move (B, D), and (B,) bool: rows that still are too close to another.
+    """
+    close = active_pairs(x0, radius, together)
+    if not close.any():
+        return torch.zeros_like(x0), close.any(dim=1)
+    start = x0.double()
+    near = active_pairs(x0, COINCIDENT * radius, together).any(dim=1)
+    if near.any():
+        start = start + near[:, None] * 1e-4 * radius.max() * tie_break(tuple(x0.shape), x0.device)
+    # Coordinates in the space that the rows span: B numbers for each instead of D.
+    origin = start[close.any(dim=1)].mean(dim=0)
+    centred = start - origin
+    gram = torch.zeros(len(x0), len(x0), dtype=torch.float64, device=x0.device)
+    for part in centred.split(max(1, CHUNK // (2 * len(x0))), dim=1):
+        gram += part @ part.T
+    values, basis = torch.linalg.eigh(gram)
+    kept = values > 1e-14 * values[-1]
+    root = values[kept].sqrt()
+    points = basis[:, kept] * root
+    move, unresolved = separate(points, radius.double(), together)
+    weights = (move / root) @ basis[:, kept].T
+    return (start - x0 + weights @ centred).to(x0.dtype), unresolved

@@ -1,0 +1,1 @@
+"""Ingest and search on a Ray cluster."""

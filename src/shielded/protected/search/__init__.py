@@ -1,0 +1,1 @@
+"""Exact search among the references of a protected set."""

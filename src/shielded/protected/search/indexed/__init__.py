@@ -1,0 +1,1 @@
+"""Exact search in large sets, through an index on disk and compiled loops."""
