@@ -97,7 +97,7 @@ def test_memorising_models(run, name):
 
 
 def test_k_diffusion_sampler(run, monkeypatch):
-    from test_k_diffusion import sampling  # skips this test where k-diffusion is not installed
+    from helpers.k_diffusion import sampling  # skips this test where k-diffusion is not installed
 
     monkeypatch.setitem(sys.modules, "k_diffusion", types.ModuleType("k_diffusion"))
     monkeypatch.setitem(sys.modules, "k_diffusion.sampling", sampling)

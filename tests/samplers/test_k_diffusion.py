@@ -1,15 +1,12 @@
 """All samplers of k-diffusion as it is on PyPI, on a model that memorises 64 points."""
 
-import importlib
-import importlib.util
 import inspect
-import sys
-import types
 
 import pytest
 import torch
 
 from helpers.ideal import POINTS, Ideal, closest_pair, nearest
+from helpers.k_diffusion import sampling
 from shielded import RepelledDenoiser, Spell
 
 # torchsde finds that its caller asks for times a rounding outside its interval.
@@ -21,23 +18,6 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 40.0
 LEFT = {"sample_dpm_adaptive", "sample_dpm_fast", "sample_lms"}
 
 
-def load_sampling():
-    """`k_diffusion.sampling` alone: the package itself imports what training needs, and torchvision for images."""
-    found = importlib.util.find_spec("k_diffusion")
-    if found is None:
-        pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion", allow_module_level=True)
-    package = types.ModuleType("k_diffusion")
-    package.__path__ = list(found.submodule_search_locations)
-    transforms = types.ModuleType("torchvision.transforms")
-    transforms.functional = None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "k_diffusion", package)
-        patch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
-        patch.setitem(sys.modules, "torchvision.transforms", transforms)
-        return importlib.import_module("k_diffusion.sampling")
-
-
-sampling = load_sampling()
 SAMPLERS = [name for name, _ in inspect.getmembers(sampling, inspect.isfunction) if name.startswith("sample_")]
 
 
