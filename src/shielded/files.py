@@ -1,25 +1,48 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and the digests that show a change."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name to write to, which takes the place of `path` when the block ends without an error."""
+    """Yield a temporary name to write to; it takes the place of `path` when the block ends without an error.
+
+    The new file and its folder entry are on the disk when this returns, so a power failure leaves the old file or the
+    new one. After an error the temporary file is deleted.
+    """
     target = Path(path)
     draft = target.with_name(target.name + ".tmp")
-    yield draft
-    draft.replace(target)
+    try:
+        yield draft
+        sync(draft)
+        os.replace(draft, target)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+    if os.name == "posix":
+        sync(target.parent)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write an indented JSON file."""
     with replacing(path) as draft:
         draft.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -37,3 +60,27 @@ def replace_section(document: Path, name: str, text: str) -> None:
         raise ValueError(f"{document} has no section between {begin} and {end}.")
     with replacing(document) as draft:
         draft.write_text(f"{before}{begin}\n{text}\n{rest[rest.index(end) :]}", encoding="utf-8")
+
+
+# Digests ------------------------------------------------------------------------------------------------------------
+
+
+def sha256(data: bytes) -> str:
+    """Compute the SHA-256 of bytes, in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def chained(line: bytes, previous: str = "") -> str:
+    """Compute the link of a hash chain: the SHA-256 of a line behind the digest of the line before it.
+
+    Args:
+        line: with or without its end, always in the same way.
+        previous: the digest before it; empty for the first line, and for lines that hold that digest themselves.
+    """
+    return sha256(previous.encode() + line)

@@ -7,12 +7,13 @@ last line, which the report holds, where it cannot be changed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from shielded.files import chained
 
 LOG = "audit.jsonl"  # beside the images of a run
 
@@ -44,7 +45,7 @@ class AuditLog:
         line = json.dumps({**record, **content, "previous": self.sha256}).encode()
         with self.path.open("ab") as file:
             file.write(line + b"\n")
-        self.sha256 = hashlib.sha256(line).hexdigest()
+        self.sha256 = chained(line)
         self._lines += 1
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ def read_log(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[s
             records.append(record)
             if record.get("previous") != previous:
                 problems.append(f"the line before line {number} was changed or removed")
-        previous = hashlib.sha256(line).hexdigest()
+        previous = chained(line)
     if not records or records[-1].get("event") != "end":
         problems.append("its end is missing: the run was stopped, or lines were removed")
     return records, problems

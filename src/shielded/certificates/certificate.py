@@ -6,7 +6,6 @@ image can write a certificate. `shielded.certificates.verification` computes it 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from shielded.files import replacing, write_json
+from shielded.files import file_sha256, replacing, sha256, write_json
 from shielded.latent_space import to_rgb
 from shielded.protected import ProtectedSet
 
@@ -238,18 +237,14 @@ def attach_certificate(file: Path, certificate: Certificate) -> Certificate:
 def pixels_sha256(image: Image.Image) -> str:
     """SHA-256 of width, height and the RGB pixels."""
     picture = to_rgb(image)
-    return hashlib.sha256(f"{picture.width}x{picture.height} RGB\n".encode() + picture.tobytes()).hexdigest()
+    return sha256(f"{picture.width}x{picture.height} RGB\n".encode() + picture.tobytes())
 
 
 def history_sha256(protected: ProtectedSet) -> str:
     """SHA-256 of what happened to a set up to its version."""
-    return hashlib.sha256(json.dumps(protected.history, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(protected.history, sort_keys=True).encode())
 
 
 def certificate_sha256(certificate: Certificate) -> str:
     """SHA-256 of what a certificate says, the same for the copies beside a file and inside it."""
-    return hashlib.sha256(json.dumps(asdict(replace(certificate, sha256=None)), sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return sha256(json.dumps(asdict(replace(certificate, sha256=None)), sort_keys=True).encode())

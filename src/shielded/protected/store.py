@@ -20,7 +20,6 @@ ever comes back with other content.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -33,6 +32,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from shielded.files import chained, file_sha256, replacing, sha256
 from shielded.protected.columns import Digests, Rows, Texts
 
 try:
@@ -127,10 +127,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Makes `manifest` the current one, at once."""
-    temporary = folder / f"{MANIFEST}.tmp"
-    with _removed_on_error(temporary):
-        temporary.write_text(_manifest_text(manifest), "utf-8")
-    _replace(temporary, folder / MANIFEST)
+    with replacing(folder / MANIFEST) as draft:
+        draft.write_text(_manifest_text(manifest), "utf-8")
 
 
 def append_history(folder: Path, history: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def append_history(folder: Path, history: dict[str, Any], event: dict[str, Any])
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": history["bytes"] + len(line), "sha256": _chained(history["sha256"], line)}
+    return {"bytes": history["bytes"] + len(line), "sha256": chained(line, history["sha256"])}
 
 
 def read_history(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
@@ -169,19 +167,15 @@ def read_history(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
         lines = file.read(manifest["history"]["bytes"]).splitlines(keepends=True)
     digest = ""
     for line in lines:
-        digest = _chained(digest, line)
+        digest = chained(line, digest)
     if digest != manifest["history"]["sha256"]:
         raise ValueError(f"{path} is damaged: its checksum does not hold.")
     return [json.loads(line) for line in lines]
 
 
-def _chained(digest: str, line: bytes) -> str:
-    return hashlib.sha256(digest.encode() + line).hexdigest()
-
-
 def _manifest_text(manifest: Manifest) -> str:
     """The only text that stands for this manifest, with its own checksum."""
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    digest = sha256(json.dumps(manifest, sort_keys=True).encode())
     shards = ",\n".join(map(json.dumps, manifest["shards"]))
     rest = json.dumps({**{k: v for k, v in manifest.items() if k != "shards"}, "sha256": digest})
     return f'{rest[:-1]}, "shards": [\n{shards}\n]}}\n'
@@ -277,25 +271,17 @@ def delete_unused(folder: Path, manifest: Manifest) -> None:
                 path.unlink(missing_ok=True)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def is_own(path: Path) -> bool:
     """Whether a file of this name belongs to a protected set."""
     return _OWN.fullmatch(path.name) is not None
 
 
 def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
-    temporary = folder / f"{name}.tmp"
     # Not save_file: that writes to a hidden file of its own, which a kill would leave behind.
     content = save({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()})
-    with _removed_on_error(temporary):
-        temporary.write_bytes(content)
-    _replace(temporary, folder / name)
-    return {"file": name, "rows": rows, "sha256": hashlib.sha256(content).hexdigest()}
+    with replacing(folder / name) as draft:
+        draft.write_bytes(content)
+    return {"file": name, "rows": rows, "sha256": sha256(content)}
 
 
 def _read(folder: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -315,27 +301,3 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing, a part of the protected set.")
     return path
-
-
-@contextmanager
-def _removed_on_error(temporary: Path) -> Iterator[None]:
-    """Leaves nothing behind on a disk that is full."""
-    try:
-        yield
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Renames a finished file so that it survives a power failure too."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
