@@ -18,7 +18,7 @@ from matplotlib.patches import Circle
 from PIL import Image
 from torch import Tensor
 
-from shielded import RepelledDenoiser, Spell, repellency
+from shielded import Certificate, RepelledDenoiser, Spell, repellency
 from shielded.files import replacing
 from shielded.runs.report import Row, protection_grid, stack
 
@@ -95,8 +95,8 @@ def overview(demo: Path) -> Image.Image:
             entry["seed"],
             Image.open(demo / "without" / entry["image"]),
             Image.open(demo / "with" / entry["image"]),
-            before[entry["image"]]["nearest_distance"],
-            entry["nearest_distance"],
+            Certificate(**before[entry["image"]]),
+            Certificate(**entry),
         )
         for entry in chosen
     ]

@@ -2,6 +2,7 @@
 
 from PIL import Image, ImageDraw
 
+from shielded import Certificate
 from shielded.runs.report import Diversity, Row
 
 RED, BLUE, GREEN = (200, 30, 30), (30, 60, 200), (20, 150, 60)
@@ -14,8 +15,28 @@ def picture(color=RED, size=(64, 64)):
 
 
 def make_rows(n, prompt="a red apple", **changes):
-    fields = {"without": picture(RED), "with_": picture(BLUE), "distance_without": 4.5, "distance_with": 16.25}
+    fields = {"without": picture(RED), "with_": picture(BLUE)}
+    for name, usual in (("without", 4.5), ("with", 16.25)):
+        distance = changes.pop(f"distance_{name}", usual)
+        if distance is not None:
+            fields[f"certificate_{name}"] = certificate(distance)
     return [Row(prompt, seed, **{**fields, **changes}) for seed in range(n)]
+
+
+def certificate(distance, radius=16.0, **changes):
+    """A certificate of latents at this distance from the nearest protected image, inside below the radius."""
+    fields = {
+        "image": "with_000.png",
+        "sha256": None,
+        "nearest_id": "heart_7",
+        "nearest_distance": distance,
+        "radius": radius,
+        "inside": distance < radius,
+        "attempts": 1,
+        "protected_set": "hearts",
+        "protected_version": 5,
+    }
+    return Certificate(**{**fields, **changes})
 
 
 def make_trace(steps=5, images=3):

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from helpers.reports import BLUE, DIVERSITY, GREEN, RED, SETTINGS, make_report, make_rows, make_trace, picture
+from helpers.reports import (
+    BLUE,
+    DIVERSITY,
+    GREEN,
+    RED,
+    SETTINGS,
+    certificate,
+    make_report,
+    make_rows,
+    make_trace,
+    picture,
+)
 from shielded.runs.report import (
     Diversity,
     Row,
@@ -253,11 +264,53 @@ def test_colours_meet_wcag_aa():
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# A caption and a mark say what the certificate says, whatever the distance of the latents and the run's radius are.
+
+
+def figures(tmp_path, rows, **report):
+    """Caption -> whether its picture is marked, for all pictures of the page."""
+    page_of(tmp_path, make_report(**report), rows)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = re.findall(r"<figure>\s*(<img[^>]*>)?\s*<figcaption>\s*<b>[^<]*</b>([^<]*)</figcaption>", html)
+    return {caption.strip(): "is-inside" in image for image, caption in found}
+
+
+def test_a_leak_after_decoding_is_marked(tmp_path):
+    leak = certificate(16.25, decoded_id="heart_7", decoded_distance=15.5, inside=True)
+    rows = make_rows(1, distance_without=None, certificate_with=leak)
+    assert figures(tmp_path, rows) == {"": False, "16.25 · inside once decoded": True}
+    assert mask(protection_grid(rows, radius=16.0), MARKED).any()
+
+
+def test_images_are_marked_by_radii_of_their_own(tmp_path):
+    """Three shields of different radii: the run has no radius, and the nearer image is the one that is outside."""
+    inside, outside, edge = certificate(9.0, radius=12.0), certificate(5.0, radius=4.0), certificate(6.0, radius=6.0)
+    rows = [
+        Row("p", 0, picture(RED), picture(BLUE), inside, outside),
+        Row("p", 1, picture(RED), picture(BLUE), inside, edge),
+    ]
+    assert figures(tmp_path, rows, radius=None) == {
+        "9.00 · inside": True,
+        "5.00 · outside": False,
+        "6.00 · outside": False,
+    }
+    assert mask(protection_grid(rows), MARKED).any()
+    assert not mask(protection_grid([Row("p", 0, picture(RED), picture(BLUE), outside, edge)]), MARKED).any()
+
+
+def test_a_refused_image_has_neither_distance_nor_mark(tmp_path):
+    rows = make_rows(1, with_=None, distance_with=None, distance_without=20.0)
+    assert figures(tmp_path, rows) == {"20.00 · outside": False, "refused": False}
+    assert not mask(protection_grid(rows, radius=16.0), MARKED).any()
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Plots.
 
 
 def test_distance_plot_places_points_on_the_axis():
-    svg = Page(distance_plot([Row("p", 3, picture(), picture(), 5.0, 20.0)], radius=15.0))
+    row = Row("p", 3, picture(), picture(), certificate(5.0), certificate(20.0))
+    svg = Page(distance_plot([row], radius=15.0))
     circles = svg.all("circle")
     assert [c["cx"] for c in circles] == ["25.00%", "100.00%"]  # the axis ends at 20
     assert svg.all("rect")[0]["width"] == "75.00%"
@@ -323,12 +376,13 @@ def test_protection_grid_stays_narrow_with_many_prompts():
     assert runs(grid, GREEN) == [4, 16]
 
 
+MARKED = (168, 67, 15)
+
+
 def test_grid_marks_what_lies_inside():
-    marked = (168, 67, 15)
-    rows = make_rows(1)
-    assert mask(protection_grid(rows, radius=16.0), marked).any()
-    assert not mask(protection_grid(rows, radius=4.0), marked).any()
-    assert not mask(protection_grid(rows), marked).any()
+    assert mask(protection_grid(make_rows(1), radius=16.0), MARKED).any()
+    assert not mask(protection_grid(make_rows(1, distance_without=20.0), radius=16.0), MARKED).any()
+    assert not mask(protection_grid(make_rows(1, distance_without=None, distance_with=None)), MARKED).any()
 
 
 def test_grid_keeps_proportions_and_flattens_transparency():

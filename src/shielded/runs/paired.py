@@ -270,9 +270,8 @@ def compare(
             seed,
             plain.images[i],
             None if shielded.refused[i] else shielded.images[i],
-            before[i].nearest_distance if before else None,
-            after[i].nearest_distance if i in after else None,
-            None,
+            before[i] if before else None,
+            after.get(i),
         )
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]

@@ -9,10 +9,29 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from shielded.certificates.certificate import Certificate
+
 PAPER, INK, MUTED, HAIRLINE, WARNING = "#ffffff", "#1d2126", "#5b636d", "#d9dce0", "#a8430f"
 MARGIN, GAP, LABEL = 28, 14, 132  # pixels: outer margin, space between pictures, width of the label column
 HEADING, TEXT, LINE = 18, 13, 18  # pixels: two font sizes, and the line height of the smaller one
 COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as grid and page show it.
+
+    Args:
+        label: how it was made.
+        image: None if it was refused.
+        caption: what its certificate says of it, in a few words.
+        inside: whether its certificate says that it lies inside a shield.
+    """
+
+    label: str
+    image: Image.Image | None
+    caption: str = ""
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,8 +43,8 @@ class Row:
         seed: seed of both images.
         without: image of the model alone.
         with_: image of the same seed with SPELL; None if it was refused.
-        distance_without: L2 distance in the latent space from `without` to its nearest protected image.
-        distance_with: the same for `with_`.
+        certificate_without: measurement of `without` against the protected set; None without a set.
+        certificate_with: measurement of `with_`; None without a set, or if the image was refused.
         protected: the nearest protected image; None when it is not to be shown.
     """
 
@@ -33,9 +52,29 @@ class Row:
     seed: int
     without: Image.Image
     with_: Image.Image | None
-    distance_without: float | None = None
-    distance_with: float | None = None
+    certificate_without: Certificate | None = None
+    certificate_with: Certificate | None = None
     protected: Image.Image | None = None
+
+    @property
+    def distance_without(self) -> float | None:
+        """Latent L2 distance from `without` to its nearest protected image; None: not measured."""
+        return None if self.certificate_without is None else self.certificate_without.nearest_distance
+
+    @property
+    def distance_with(self) -> float | None:
+        """Latent L2 distance from `with_` to its nearest protected image; None: not measured."""
+        return None if self.certificate_with is None else self.certificate_with.nearest_distance
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The pictures of this seed from top to bottom."""
+        refused = "refused" if self.with_ is None else ""
+        pictures = [
+            Picture("without SPELL", self.without, caption(self.certificate_without), leaks(self.certificate_without)),
+            Picture("with SPELL", self.with_, refused or caption(self.certificate_with), leaks(self.certificate_with)),
+        ]
+        return pictures if self.protected is None else [*pictures, Picture("nearest protected", self.protected)]
 
 
 @dataclass(frozen=True)
@@ -74,7 +113,7 @@ def protection_grid(rows: Sequence[Row], radius: float | None = None) -> Image.I
 
     Args:
         rows: at least one.
-        radius: shield radius; with it every distance is marked "inside" or "outside".
+        radius: radius of all shields, for the heading; None: they differ, or there are none.
 
     Returns:
         An RGB image on white. Text beyond the built-in font (ASCII) is written without accents or as "?".
@@ -88,22 +127,20 @@ def protection_grid(rows: Sequence[Row], radius: float | None = None) -> Image.I
     note = "" if radius is None else f"radius {number(radius)}"
     blocks = []
     for prompt, group in by_prompt(rows).items():
-        lines = [
-            _Line("without SPELL", [r.without for r in group], [place(r.distance_without, radius) for r in group]),
-            _Line("with SPELL", [r.with_ for r in group], [place_with(r, radius) for r in group]),
-        ]
-        if any(r.protected for r in group):
-            lines.append(_Line("nearest protected image", [r.protected for r in group], [""] * len(group)))
+        without, with_, *_ = zip(*(row.pictures for row in group), strict=False)
+        lines = [_Line("without SPELL", without), _Line("with SPELL", with_)]
+        if any(row.protected for row in group):
+            lines.append(_Line("nearest protected image", [Picture("", row.protected) for row in group]))
         blocks.append(_block(prompt, note, [r.seed for r in group], lines, cell))
     return _flow(blocks, LABEL + COLUMNS * (cell[0] + GAP))
 
 
 def diversity_grid(diversity: Diversity) -> Image.Image:
     """Draws the batch of the model alone above the batch with SPELL, with their Vendi scores; RGB on white."""
-    d, blank = diversity, [""] * len(diversity.seeds)
+    d = diversity
     lines = [
-        _Line(f"without SPELL Vendi {number(d.vendi_without)}", d.without, blank),
-        _Line(f"with SPELL Vendi {number(d.vendi_with)}", d.with_, blank),
+        _Line(f"without SPELL Vendi {number(d.vendi_without)}", [Picture("", image) for image in d.without]),
+        _Line(f"with SPELL Vendi {number(d.vendi_with)}", [Picture("", image) for image in d.with_]),
     ]
     cell = _cell_size([*d.without, *d.with_])
     note = f"radius {number(d.radius)} between the images"
@@ -141,21 +178,19 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
-def place(distance: float | None, radius: float | None) -> str:
-    """Says how far an image is from its nearest protected one, and on which side of the radius: "9.53 · inside".
-
-    An unmeasured distance gives "".
-    """
-    if distance is None:
+def caption(certificate: Certificate | None) -> str:
+    """Write the distance and the verdict of a certificate: "9.53 · inside"; "" without a certificate."""
+    if certificate is None:
         return ""
-    if radius is None:
-        return number(distance)
-    return f"{number(distance)} · {'inside' if distance < radius else 'outside'}"
+    verdict = "outside"
+    if certificate.inside:  # the nearest shield of a latent leak is the one that it lies in
+        verdict = "inside" if certificate.nearest_distance < certificate.radius else "inside once decoded"
+    return f"{number(certificate.nearest_distance)} · {verdict}"
 
 
-def place_with(row: Row, radius: float | None) -> str:
-    """The same for the image with SPELL, or that it was refused."""
-    return "refused" if row.with_ is None else place(row.distance_with, radius)
+def leaks(certificate: Certificate | None) -> bool:
+    """Read from a certificate whether its image lies inside a shield."""
+    return certificate is not None and certificate.inside
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -165,13 +200,12 @@ def place_with(row: Row, radius: float | None) -> str:
 @dataclass(frozen=True)
 class _Line:
     label: str
-    images: Sequence[Image.Image | None]
-    captions: Sequence[str]
+    pictures: Sequence[Picture]
 
     @property
     def height(self) -> int:
         """Height below the pictures: the captions (if there are any) and some air."""
-        return (LINE + GAP + 4) if any(self.captions) else GAP
+        return (LINE + GAP + 4) if any(picture.caption for picture in self.pictures) else GAP
 
 
 def _block(heading: str, note: str, seeds: Sequence[int], lines: Sequence[_Line], cell: tuple[int, int]) -> Image.Image:
@@ -196,26 +230,21 @@ def _block(heading: str, note: str, seeds: Sequence[int], lines: Sequence[_Line]
         for line in lines:
             _write(draw, (0, top + 2), _wrap(line.label, TEXT, LABEL - 36, lines=4), TEXT, INK)
             for i in range(min(columns, len(seeds) - start)):
-                _picture(
-                    sheet, (LABEL + i * (across + GAP), top), line.images[start + i], line.captions[start + i], cell
-                )
+                _picture(sheet, (LABEL + i * (across + GAP), top), line.pictures[start + i], cell)
             top += down + line.height
     return sheet
 
 
-def _picture(
-    sheet: Image.Image, corner: tuple[int, int], image: Image.Image | None, caption: str, cell: tuple[int, int]
-) -> None:
+def _picture(sheet: Image.Image, corner: tuple[int, int], picture: Picture, cell: tuple[int, int]) -> None:
     left, top = corner
     draw = ImageDraw.Draw(sheet)
-    inside = caption.endswith("inside")
-    if image is not None:
-        tile = _tile(image, cell)
+    if picture.image is not None:
+        tile = _tile(picture.image, cell)
         sheet.paste(tile, corner)
         box = (left - 1, top - 1, left + tile.width, top + tile.height)
-        draw.rectangle(box, outline=WARNING if inside else HAIRLINE)
-    caption_lines = _wrap(caption, TEXT, cell[0], lines=1)
-    _write(draw, (left, top + cell[1] + 4), caption_lines, TEXT, WARNING if inside else MUTED)
+        draw.rectangle(box, outline=WARNING if picture.inside else HAIRLINE)
+    lines = _wrap(picture.caption, TEXT, cell[0], lines=2)
+    _write(draw, (left, top + cell[1] + 4), lines, TEXT, WARNING if picture.inside else MUTED)
 
 
 def _cell_size(images: Sequence[Image.Image]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from string import Template
 
 from PIL import Image
 
-from shielded.runs.report.grid import Diversity, Row, by_prompt, number, place, place_with
+from shielded.runs.report.grid import Diversity, Picture, Row, by_prompt, number
 
 LARGEST = 512  # pixels: larger pictures are embedded at this size, so that the page stays a few megabytes
 
@@ -232,15 +232,7 @@ def _pictures(report: Mapping, rows: Sequence[Row]) -> str:
         text += "." if radius is None else f"; below {number(radius)} it lies inside a shield."
     parts = [text + "</p>"]
     for prompt, group in by_prompt(rows).items():
-        cards = []
-        for row in group:
-            pictures = [
-                ("without SPELL", row.without, place(row.distance_without, radius)),
-                ("with SPELL", row.with_, place_with(row, radius)),
-            ]
-            if row.protected is not None:
-                pictures.append(("nearest protected", row.protected, ""))
-            cards.append(_card(prompt, row.seed, pictures))
+        cards = [_card(prompt, row.seed, row.pictures) for row in group]
         parts.append(f"<h3>{escape(prompt)}</h3>\n{_cards(cards, group[0].without)}")
     return "\n".join(parts)
 
@@ -271,7 +263,7 @@ def _diversity(diversity: Diversity | None) -> str:
         "entirely different.</p>"
     )
     cards = [
-        _card(d.prompt, seed, [("without SPELL", before, ""), ("with SPELL", after, "")])
+        _card(d.prompt, seed, [Picture("without SPELL", before), Picture("with SPELL", after)])
         for seed, before, after in zip(d.seeds, d.without, d.with_, strict=True)
     ]
     return f"{text}\n<h3>{escape(d.prompt)}</h3>\n{_cards(cards, d.without[0])}"
@@ -375,11 +367,11 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _card(prompt: str, seed: int, pictures: Sequence[tuple[str, Image.Image | None, str]]) -> str:
+def _card(prompt: str, seed: int, pictures: Sequence[Picture]) -> str:
     figures = []
-    for label, image, caption in pictures:
-        img = "" if image is None else _img(image, f"{prompt}, seed {seed}, {label}", caption.endswith("inside"))
-        figures.append(f"<figure>{img}<figcaption><b>{label}</b>{caption}</figcaption></figure>")
+    for p in pictures:
+        img = "" if p.image is None else _img(p.image, f"{prompt}, seed {seed}, {p.label}", p.inside)
+        figures.append(f"<figure>{img}<figcaption><b>{p.label}</b>{p.caption}</figcaption></figure>")
     return f"<li>\n<h4>seed {seed}</h4>\n" + "\n".join(figures) + "\n</li>"
 
 
