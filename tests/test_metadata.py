@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import shielded
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,3 +50,8 @@ def test_links_of_a_package_page_are_absolute_and_lead_to_files(metadata):
     assert files
     assert all((ROOT / file).is_file() for file in files)
     assert "](https://forge.example/some/shielded/raw/v1.2.3/docs/images/overview.webp)" in result["readme"]["text"]
+
+
+def test_the_citation_names_the_version_of_the_source():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == shielded.__version__
