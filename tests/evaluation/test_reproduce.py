@@ -19,7 +19,7 @@ from shielded.cli import app
 from shielded.evaluation.baselines import Plain
 from shielded.evaluation.metrics import frechet_distance, precision_recall, vendi
 from shielded.evaluation.reproduce import SWEEPS, Setting, Study, emoji_prompts, reproduce, write_section
-from shielded.evaluation.reproduce.experiments import RADIUS, best, levels, radii, shielding, verdict
+from shielded.evaluation.reproduce.experiments import best, levels, radii, shielding, verdict
 from shielded.evaluation.reproduce.measures import Measured, flat, front, hypervolume
 from shielded.evaluation.reproduce.plots import plot
 from shielded.evaluation.reproduce.reference import Reference, real_images
@@ -376,7 +376,7 @@ def test_shielding_protects_plain_images_of_other_seeds_without_a_reference(pipe
 def test_radii_are_measured_or_asked_for_or_per_root_dimension(pipe, tmp_path):
     made = study(tmp_path, pipe)
     assert radii(made, 3.0) == (3.0, 3.0)
-    assert radii(made) == (RADIUS["emoji"], 44.0)
+    assert radii(made) == (26.0, 44.0)
     made.model = "sd1.5"  # its preset, with the latents of the pipeline at hand
     assert radii(made) == pytest.approx((0.78 * 32, 1.375 * 32))
 

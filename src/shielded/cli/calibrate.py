@@ -22,11 +22,12 @@ from shielded.cli.options import (
     positive,
     show,
 )
+from shielded.models import DEFAULT_MODEL
 
 
 def calibrate(
     out: Out = Path("calibration"),
-    model: Model = "emoji",
+    model: Model = DEFAULT_MODEL,
     protect: Annotated[Path | None, typer.Option(metavar="SET", help="The protected set to choose radii for.")] = None,
     images: Annotated[
         list[str] | None,
@@ -73,7 +74,9 @@ def calibrate(
             raise UsageError(f"{prompts} has no prompts; write one per line.")
         if per_image and protect is None:
             raise UsageError("--per-image writes radii for a protected set; give one with --protect.")
-        if protect is None and not images and (not seeds or (texts is None and model != "emoji")):
+        from shielded.models import preset_of
+
+        if protect is None and not images and (not seeds or (texts is None and preset_of(model).captions is None)):
             raise UsageError("nothing to measure; give --protect, --images or --prompts.")
         from shielded.protected import ProtectedSet
         from shielded.protected.ingest.sources import require_images

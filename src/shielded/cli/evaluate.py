@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from shielded.cli.options import AsJson, Debug, Device, Features, UsageError, errors, show, why
+from shielded.models import DEFAULT_MODEL
 
 _HEADINGS = {
     "precision": "precision",
@@ -23,7 +24,7 @@ _HEADINGS = {
 def evaluate(
     generated: Annotated[str, typer.Argument(help="Folder or glob of generated images.")],
     reference: Annotated[str, typer.Argument(help="Folder or glob of reference images.")],
-    features: Features = "emoji",
+    features: Features = DEFAULT_MODEL,
     source: Annotated[
         str | None, typer.Option(metavar="PATH", help="Folder or hub name of the clip or dinov2 model.")
     ] = None,

@@ -26,12 +26,13 @@ from shielded.cli.options import (
     repairs,
     show,
 )
+from shielded.models import DEFAULT_MODEL
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     out: Out = Path("images"),
-    model: Model = "emoji",
+    model: Model = DEFAULT_MODEL,
     protect: Annotated[Path | None, typer.Option(metavar="SET", help="A protected set to keep away from.")] = None,
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Number of images.")] = 4,
     radius: Annotated[

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from shielded.cli import settings
+from shielded.models import DEFAULT_MODEL
 
 
 def _known(model: str) -> str:
     """Refuse a model that cannot be loaded, before anything else is done."""
-    if model != "emoji":  # it is there, and looking needs torch
+    if model != DEFAULT_MODEL:  # it is there, and looking needs torch
         from shielded.models import locate
 
         try:

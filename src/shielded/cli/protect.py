@@ -10,6 +10,7 @@ import typer
 
 from shielded.cli.options import AsJson, Debug, Device, Model, Overwrite, UsageError, errors, positive, show, why
 from shielded.files import write_json
+from shielded.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from shielded.protected import AddedImages, ProtectedSet
@@ -26,7 +27,7 @@ def protect(
             show_default=False,
         ),
     ] = None,
-    model: Model = "emoji",
+    model: Model = DEFAULT_MODEL,
     radius: Annotated[
         float | None,
         typer.Option(metavar="R", callback=positive, help="Of the shields of these images, L2 in the latent space."),

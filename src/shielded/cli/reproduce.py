@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from shielded.cli.options import AsJson, Debug, Device, Model, UsageError, errors, positive, show
+from shielded.models import DEFAULT_MODEL
 
 
 class Experiment(StrEnum):
@@ -21,7 +22,7 @@ class Experiment(StrEnum):
 def reproduce(
     experiment: Annotated[Experiment, typer.Argument(metavar="EXPERIMENT", help="Which one.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Results; continued if stopped.")] = Path("study"),
-    model: Model = "emoji",
+    model: Model = DEFAULT_MODEL,
     prompts: Annotated[str, typer.Option(metavar="N|FILE", help="Captions of emoji, or a text file.")] = "100",
     images: Annotated[int, typer.Option(metavar="N", min=4, help="Images of each prompt and seed.")] = 16,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Number of seeds.")] = 3,
@@ -58,6 +59,7 @@ def reproduce(
         if methods is not None and experiment is not Experiment.tradeoff:
             raise UsageError("--methods is of tradeoff alone.")
         from shielded.evaluation import reproduce as job
+        from shielded.models import preset_of
 
         names = None if methods is None else [name.strip() for name in methods.split(",")]
         unknown = [name for name in names or [] if name not in job.SWEEPS]
@@ -70,7 +72,7 @@ def reproduce(
             seeds=seeds,
             model=model,
             steps=steps,
-            encoder=features or ("emoji" if model == "emoji" else "clip"),
+            encoder=features or preset_of(model).features,
             batch_size=batch_size,
             device=device,
             progress=not as_json,
@@ -83,13 +85,14 @@ def reproduce(
 
 def _prompts(given: str, model: str, reference: Path | None) -> list[str]:
     if given.isdigit():
-        from shielded.evaluation.reproduce import emoji_prompts
+        from shielded.evaluation.reproduce import prompts_of
+        from shielded.models import preset_of
 
-        if model != "emoji":
+        if preset_of(model).captions is None:
             raise UsageError("--prompts: give a text file with one prompt a line; only the embedded model has its own.")
         if int(given) < 1:
             raise UsageError("--prompts must be at least 1.")
-        return emoji_prompts(int(given), reference)
+        return prompts_of(model, int(given), reference)
     path = Path(given)
     if not path.is_file():
         raise UsageError(f"--prompts: {given} is neither a number nor a text file.")

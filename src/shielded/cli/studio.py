@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from shielded.cli.options import Debug, Device, Model, UsageError, errors
+from shielded.models import DEFAULT_MODEL
 
 
 def studio(
-    model: Model = "emoji",
+    model: Model = DEFAULT_MODEL,
     port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="Of the page.")] = 7860,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Address to listen on; 127.0.0.1 is this machine alone.")

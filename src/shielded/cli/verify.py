@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from shielded.cli.options import AsJson, Debug, Device, Model, errors, positive, show, why
+from shielded.models import DEFAULT_MODEL
 
 
 def verify(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders or globs.")],
     protect: Annotated[Path, typer.Option(metavar="SET", help="The protected set to measure against.")],
-    model: Model = "emoji",
+    model: Model = DEFAULT_MODEL,
     radius: Annotated[
         float | None,
         typer.Option(

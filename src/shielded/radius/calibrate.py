@@ -28,7 +28,7 @@ from tqdm import tqdm
 from shielded.files import replacing, write_json
 from shielded.generation import generate
 from shielded.latent_space import LatentSpace, to_rgb
-from shielded.models import EMOJI, GUIDANCE, load
+from shielded.models import DEFAULT_MODEL, GUIDANCE, load, preset_of
 from shielded.protected import ProtectedSet, add_images, find_images, load_images
 from shielded.protected.ingest.images import MIRRORED
 from shielded.radius.alterations import CHANGES, Change
@@ -506,7 +506,7 @@ def _drawn(count: int, most: int, seed: int) -> np.ndarray:
 
 def calibrate(
     out: Path,
-    model: str = "emoji",
+    model: str = DEFAULT_MODEL,
     protect: Path | None = None,
     images: Sequence[str] = (),
     prompts: Sequence[str] = (),
@@ -606,10 +606,8 @@ def _denoising_error(path: Path, pipe: Any, clean: Tensor, captions: list[str], 
 
 
 def _captions(model: str, seed: int) -> list[str]:
-    """Some captions of the embedded model; of other models none are known."""
-    if model != "emoji":
-        return []
-    captions = (EMOJI / "captions.txt").read_text().splitlines()
+    """Draw captions that the model was trained on; none where they are not known."""
+    captions = preset_of(model).read_captions()
     return [captions[i] for i in _drawn(len(captions), PROMPTS, seed)]
 
 

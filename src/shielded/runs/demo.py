@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shielded.evaluation.encoder import Encoder
+from shielded.evaluation.encoder import encoder_of
 from shielded.evaluation.metrics import vendi
 from shielded.files import write_json
 from shielded.generation import generate
 from shielded.generation.repair import OnLeak
 from shielded.latent_space import LatentSpace
-from shielded.models import EMOJI, GUIDANCE, load
+from shielded.models import DEFAULT_MODEL, load, preset_of
 from shielded.protected import ProtectedSet
 from shielded.runs.paired import closest_pair, compare, open_log, save_image, settings_of, write_images
 from shielded.runs.report import Diversity, write_report
@@ -59,8 +59,8 @@ def demo(
         attempts: how often such an image is sampled at most.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pipe = load("emoji", device)
-    options = {"steps": steps, "guidance_scale": GUIDANCE["emoji"], "progress": progress}
+    pipe = load(DEFAULT_MODEL, device)
+    options = {"steps": steps, **preset_of(DEFAULT_MODEL).guidance_call(), "progress": progress}
 
     every_prompt = [prompt for prompt in prompts for _ in SEEDS]
     every_seed = [seed + s for _ in prompts for s in SEEDS]
@@ -70,7 +70,7 @@ def demo(
     names = [f"{p}, seed {s}" for p, s in zip(every_prompt, every_seed, strict=True)]
     protected.add(space.encode(plain.images), names, radius)
     protection = Spell(protected, radius, overcompensation, batch=False)
-    made_with = settings_of(protection, pipe, "emoji", on_leak, attempts, options)
+    made_with = settings_of(protection, pipe, DEFAULT_MODEL, on_leak, attempts, options)
     log = open_log(out / "with", made_with, protected)
     repairs = {"on_leak": on_leak, "attempts": attempts, "log": log.append}
     shielded = generate(pipe, every_prompt, every_seed, protection, label="with SPELL", **repairs, **options)
@@ -80,7 +80,8 @@ def demo(
     alike = generate(pipe, same, seeds, label="one prompt, without SPELL", **options)
     spread = Spell(radius=diversity_radius, overcompensation=overcompensation)
     differing = generate(pipe, same, seeds, spread, label="one prompt, with SPELL", **options)
-    encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer")
+    encoder = encoder_of(DEFAULT_MODEL)
+    assert encoder is not None
     write_images(out / "without", plain, every_prompt, every_seed)
     write_images(out / "with", shielded, every_prompt, every_seed)
     diversity = Diversity(

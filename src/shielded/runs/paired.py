@@ -19,25 +19,23 @@ from shielded.certificates.certificate import (
     certify,
     leaks,
 )
-from shielded.evaluation.encoder import Encoder
+from shielded.evaluation.encoder import Encoder, encoder_of
 from shielded.evaluation.metrics import vendi
 from shielded.files import replacing, write_json
 from shielded.generation import Generated, distributed, generate
 from shielded.generation.repair import OnLeak, check_on_leak
 from shielded.latent_space import LatentSpace
-from shielded.models import EMOJI, PRESETS, VARIETY, VARIETY_RADIUS, call_options, load
+from shielded.models import DEFAULT_MODEL, VARIETY, VARIETY_RADIUS, call_options, load, preset_of
 from shielded.protected import ProtectedSet
 from shielded.runs.report import Row, write_report
 from shielded.runs.report.grid import protection_grid
 from shielded.spell import Calibration, Spell
 
-UNIT_FREE_RADIUS = 0.8  # per √dim; the paper's 200 for Stable Diffusion 3 is 0.78
-
 
 def run(
     out: Path,
     prompt: str,
-    model: str = "emoji",
+    model: str = DEFAULT_MODEL,
     protect: Path | None = None,
     n: int = 4,
     radius: float | None = None,
@@ -76,11 +74,10 @@ def run(
     if protected is not None:
         protected.require_space(space)  # before anything is sampled or written
     else:
-        preset = PRESETS.get(model)
-        per_root_dim = VARIETY_RADIUS if early else preset.radius if preset else UNIT_FREE_RADIUS
+        per_root_dim = VARIETY_RADIUS if early else preset_of(model).radius
         radius, on_leak = radius or per_root_dim * space.dim**0.5, "report"
-    if radius_schedule == "posterior" and calibration is None and model == "emoji":
-        calibration = EMOJI / "calibration.json"
+    if radius_schedule == "posterior" and calibration is None:
+        calibration = preset_of(model).calibration
     spell = Spell(
         protected,
         radius,
@@ -122,8 +119,8 @@ def run(
     report, rows = compare(out, prompts, seeds, before, made, space, protected, radius, settings, log)
     if protected is not None and radius is None and len(protected.radii.unique()) == 1:
         report["radius"] = protected.radii[0].item()  # what all shields have
-    if model == "emoji":
-        encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer")
+    encoder = encoder_of(model)
+    if encoder is not None:
         report["vendi_without"] = vendi(encoder.image_features(before.images))
         report["vendi_with"] = _vendi_of_kept(encoder, made)
     report["window"] = list(spell.window)

@@ -10,7 +10,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from shielded.latent_space import LatentSpace
-from shielded.models import PRESETS, load
+from shielded.models import DEFAULT_MODEL, load, preset_of
 from shielded.runs.report import trace_plot
 from shielded.studio.session import COLUMNS, Result, Session, Settings
 
@@ -31,7 +31,7 @@ _CSS = """
 LAUNCH = {"css": _CSS, "max_file_size": "20mb", "share": False, "footer_links": ["api"]}
 
 
-def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
+def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
     """The page.
 
     Args:
@@ -39,8 +39,8 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
         device: where it runs.
     """
     pipe = load(model, device)
-    preset = PRESETS.get(model)
-    options = {preset.guidance_option: preset.guidance} if preset and preset.guidance is not None else {}
+    preset = preset_of(model)
+    options = preset.guidance_call()
     space = LatentSpace.of(pipe)
     running = threading.Lock()  # one model, one sampling at a time
 
@@ -98,7 +98,7 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
         gr.Markdown(f"# shielded studio\n{_EXPLAIN}")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                prompt = gr.Textbox(label="Prompt", value="red heart" if model == "emoji" else "", autofocus=True)
+                prompt = gr.Textbox(label="Prompt", value=preset.prompt, autofocus=True)
                 with gr.Row():
                     n = gr.Slider(1, 16, 4, step=1, label="Images")
                     seed = gr.Number(0, precision=0, label="Seed", minimum=0)
@@ -122,7 +122,7 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
                     strength = gr.Slider(1.0, 2.5, 1.6, step=0.1, label="Overcompensation λ")
                     end = gr.Slider(0.0, 0.9, 0.0, step=0.05, label="Act until noise level (0: to the end)")
                     told = gr.Markdown(effect(0.5, 1.6, 0.0), elem_id="effect")
-                    steps = gr.Slider(4, 60, preset.steps if preset else 25, step=1, label="Steps")
+                    steps = gr.Slider(4, 60, preset.steps, step=1, label="Steps")
             with gr.Column(scale=2, min_width=320):
                 go = gr.Button("Generate", variant="primary")
                 summary = gr.Markdown(elem_id="summary")
@@ -145,7 +145,7 @@ def build(model: str = "emoji", device: str | None = None) -> gr.Blocks:
     return page
 
 
-def serve(model: str = "emoji", port: int = 7860, host: str = "127.0.0.1", device: str | None = None) -> None:
+def serve(model: str = DEFAULT_MODEL, port: int = 7860, host: str = "127.0.0.1", device: str | None = None) -> None:
     """Show the page until it is interrupted.
 
     Args:

@@ -15,14 +15,12 @@ from shielded.evaluation.reproduce.measures import Measured, front, hypervolume,
 from shielded.evaluation.reproduce.reference import Reference
 from shielded.evaluation.reproduce.study import Cell, Setting, Study
 from shielded.latent_space import LatentSpace
-from shielded.models import PRESETS, VARIETY, VARIETY_RADIUS
+from shielded.models import VARIETY, VARIETY_RADIUS, preset_of
 
 PLAIN = Setting("plain")
-PER_ROOT_DIM = 0.78  # the paper's radius of 200 for Stable Diffusion 3, per √dimension; for models without a preset
 LEVELS = tuple((round(1 - i / 10, 1), round(0.9 - i / 10, 1)) for i in range(10))
 PAIRS = {"recall": "precision", "coverage": "density", "vendi": "caption"}  # across: up
 WORST_CAPTION = 0.9  # of the plain caption score; points below it count for nothing, however diverse they are
-RADIUS = {"emoji": 26.0}  # of the paper's formula, where it was measured
 
 
 def spell(label: str, radius: float, **options: Any) -> Setting:
@@ -43,9 +41,8 @@ def radii(study: Study, radius: float | None = None) -> tuple[float, float]:
     """Of the paper's formula and of our setting: what was asked for, or measured, or per √dimension."""
     if radius is not None:
         return radius, radius
-    preset, root = PRESETS.get(study.model), LatentSpace.of(study.pipe).dim ** 0.5
-    formula = RADIUS.get(study.model, (preset.radius if preset else PER_ROOT_DIM) * root)
-    return formula, VARIETY_RADIUS * root
+    preset, root = preset_of(study.model), LatentSpace.of(study.pipe).dim ** 0.5
+    return (preset.formula_radius or preset.radius) * root, VARIETY_RADIUS * root
 
 
 # Strengths swept by `tradeoff`; radii are multiples of the model's own.

@@ -17,7 +17,7 @@ from shielded.evaluation.reproduce.measures import NEIGHBOURS
 from shielded.evaluation.reproduce.study import REFERENCE_SEED, Cell, Setting, Study
 from shielded.files import replacing
 from shielded.latent_space import LatentSpace
-from shielded.models import EMOJI
+from shielded.models import DEFAULT_MODEL, preset_of
 
 _SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
 _PLAIN_SEEDS = 2  # batches of plain images per prompt where no real ones are given
@@ -55,12 +55,22 @@ def real_images(path: Path) -> dict[str, list[Image.Image]]:
 
 
 def emoji_prompts(count: int, reference: Path | None = None) -> list[str]:
-    """Captions of the embedded model in a fixed, mixed order; with a reference, those that it has enough images of.
+    """Choose captions of the embedded model, as `prompts_of` does."""
+    return prompts_of(DEFAULT_MODEL, count, reference)
+
+
+def prompts_of(model: str, count: int, reference: Path | None = None) -> list[str]:
+    """Choose captions that a model was trained on, in a fixed, mixed order.
+
+    Args:
+        model: with a preset that has captions.
+        count: number of captions.
+        reference: see `real_images`; only captions with enough images in it are chosen.
 
     Raises:
         ValueError: there are fewer than `count`.
     """
-    captions = (EMOJI / "captions.txt").read_text(encoding="utf-8").splitlines()
+    captions = preset_of(model).read_captions()
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
     known = [captions[i] for i in order]
     if reference is not None:

@@ -26,11 +26,8 @@ from shielded.evaluation.baselines import method
 from shielded.evaluation.features import Features, features
 from shielded.evaluation.metrics import caption_score, nearest_distance
 from shielded.files import replacing
-from shielded.models import PRESETS, load
+from shielded.models import DEFAULT_MODEL, load, preset_of
 
-# With fewer steps than the pipeline's own sampler and the same scores (benchmarks/steps.py).
-SAMPLERS = {"emoji": ("DPMSolverMultistepScheduler", 10)}
-STEPS = 28  # of models without a preset
 REFERENCE_SEED = 1_000_000  # seeds of plain reference images start here, far from those of any experiment
 _SEEDS_APART = 10_000  # image j of seed s starts from s * 10,000 + j
 
@@ -72,9 +69,9 @@ class Study:
     prompts: list[str]
     images: int = 16
     seeds: int = 3
-    model: str = "emoji"
+    model: str = DEFAULT_MODEL
     steps: int | None = None
-    encoder: str = "emoji"
+    encoder: str = DEFAULT_MODEL
     batch_size: int | None = None
     device: str | None = None
     progress: bool = True
@@ -82,10 +79,10 @@ class Study:
     def __post_init__(self) -> None:
         if self.images < 2 or self.seeds < 1 or not self.prompts:
             raise ValueError("an experiment needs at least one prompt, two images and one seed.")
-        preset = PRESETS.get(self.model)
-        self.sampler, steps = SAMPLERS.get(self.model, (None, preset.steps if preset else STEPS))
-        self.steps = self.steps or steps
-        self.call = {preset.guidance_option: preset.guidance} if preset else {}
+        preset = preset_of(self.model)
+        self.sampler = preset.study_sampler
+        self.steps = self.steps or preset.study_steps or preset.steps
+        self.call = preset.guidance_call()
 
     @cached_property
     def pipe(self) -> Any:
@@ -94,9 +91,9 @@ class Study:
         pipe = load(self.model, self.device)
         if self.sampler is not None:
             pipe.scheduler = getattr(diffusers, self.sampler).from_config(pipe.scheduler.config)
-        if self.model == "emoji":  # other pipelines may have other parts, or convolve in three dimensions
+        if preset_of(self.model).channels_last:
             for part in (pipe.unet, pipe.vae):
-                part.to(memory_format=torch.channels_last)  # convolutions are faster so
+                part.to(memory_format=torch.channels_last)
         return pipe
 
     @cached_property

@@ -1,0 +1,121 @@
+"""Load a pipeline by its model's name, and the options of its calls."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shielded.models import DEFAULT_MODEL
+from shielded.models.presets import PRESETS, preset_of
+
+GUIDANCE = {name: preset.guidance for name, preset in PRESETS.items() if preset.guidance_option == "guidance_scale"}
+
+
+def names() -> list[str]:
+    """The names that `load` knows, the embedded model first."""
+    return list(PRESETS)
+
+
+def load(model: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """A diffusers pipeline: a model by name, a folder, or a name on the Hugging Face hub.
+
+    Args:
+        model: one of `names()`, the path of a saved pipeline, or "owner/name".
+        device: where to run; None: CUDA if there is one, else the processor.
+        dtype: of the weights; None: the preset's, but float32 on the processor and for other models.
+
+    Raises:
+        ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    preset, source = preset_of(model), locate(model)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else preset.dtype
+    with _quiet() if preset.embedded else nullcontext():
+        from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]  # the documented path
+
+        if isinstance(source, Path):
+            _import(source)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        except OSError as error:
+            if isinstance(source, Path):
+                raise
+            raise OSError(
+                f"{source} is no folder here, and could not be loaded from the Hugging Face hub: check the name, the "
+                "network, and whether you have accepted the model's licence."
+            ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def locate(model: str) -> str | Path:
+    """Where a model is: a folder, or a name on the Hugging Face hub, which is not asked whether it has it.
+
+    Raises:
+        ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
+    """
+    if model in PRESETS:
+        return PRESETS[model].source
+    folder = Path(model)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists() or str(model).count("/") != 1 or os.path.isabs(model):
+        here = ", a folder without model_index.json" if folder.is_dir() else ""
+        raise ValueError(
+            f"unknown model {str(model)!r}{here}; known names: {', '.join(names())}. "
+            "A folder with a saved diffusers pipeline (model_index.json) and owner/name on the hub work too."
+        )
+    return model
+
+
+def call_options(model: str, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+    """What a call of the pipeline takes besides prompt and seed.
+
+    Args:
+        model: as `load` takes it.
+        steps: of the sampler; None: the preset's, or 25.
+        guidance: its scale; None: the preset's, or what the pipeline takes by itself.
+    """
+    preset = preset_of(model)
+    options: dict[str, Any] = {"steps": steps or preset.steps}
+    if guidance is not None:
+        options[preset.guidance_option] = guidance
+    elif model in GUIDANCE:
+        options["guidance_scale"] = GUIDANCE[model]
+    return options
+
+
+def _import(folder: Path) -> None:
+    """Import the class of a saved pipeline, without the hints about torchvision that come with it."""
+    import diffusers
+
+    with _quiet():
+        getattr(diffusers, json.loads((folder / "model_index.json").read_text()).get("_class_name", ""), None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' hints about parts that the embedded model has no use for, and bars for milliseconds."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    before = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, bar in zip(libraries, before, bars, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
