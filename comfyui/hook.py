@@ -1,4 +1,4 @@
-"""SPELL on a ComfyUI MODEL: where a sampling run begins and ends, and what happens in between."""
+"""Patch a ComfyUI MODEL with SPELL: wrap the sampling run and correct each prediction."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from .memory import Memory, recall
 
 
 @dataclass
-class Repellency:
-    """What the SPELL node was set to, and the run that is under way.
+class SpellPatch:
+    """Settings of the SPELL node, and the state of the sampling run in progress.
 
     Args:
-        radius: of the shields, times the square root of the number of values that are generated: 1.41 is as far as
-            two unrelated latents of unit variance are apart.
-        options: further keywords of `shielded.Spell`.
-        protected: a set from disk, or latents (K, *S) as a LATENT wire carries them.
+        radius: shield radius in units of √dim, dim being the number of generated values; two unrelated latents of unit
+            variance are 1.41 apart.
+        options: further keyword arguments of `shielded.Spell`.
+        protected: a set on disk, or latents (K, *S) as a LATENT wire carries them.
         memory: finished images of earlier runs.
+        spell: the `Spell` of the run in progress.
+        last_sigma: noise level of the last model evaluation before the clean sample; 0 if the run ends noisy.
     """
 
     radius: float
@@ -37,7 +39,7 @@ class Repellency:
     last_sigma: float = 0.0
 
     def patch(self, model: Any) -> Any:
-        """A clone of the MODEL that is sampled with SPELL."""
+        """Clone the MODEL and add the hooks to the clone."""
         patched = model.clone()
         patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "spell", self.sample)
         patched.set_model_sampler_post_cfg_function(self.correct)
@@ -55,7 +57,7 @@ class Repellency:
         denoise_mask: Tensor | None = None,
         *rest: Any,
     ) -> Tensor:
-        """One sampling run, in the sampler's latent space; a wrapper around the sampler's own `sample`."""
+        """Wrap the sampler's `sample`: build the `Spell` in the sampler's latent space, run, finish."""
         ends_clean = len(sigmas) > 1 and sigmas[-1] == 0
         self.last_sigma = float(sigmas[-2]) if ends_clean else 0.0
         self.spell = self._spell(guider.inner_model.latent_format, tuple(noise.shape[1:]), denoise_mask)
@@ -70,17 +72,17 @@ class Repellency:
             self.spell = None
 
     def correct(self, args: dict[str, Any]) -> Tensor:
-        """The predicted clean image after guidance, pushed out of the shields; a post-CFG function."""
+        """Push the guided prediction of the clean image out of the shields; a post-CFG function."""
         if self.spell is None:
             raise RuntimeError(
-                "SPELL has not seen this sampling run begin: the node that samples does not use ComfyUI's own guider. "
+                "SPELL missed the start of this sampling run, because the sampling node does not use ComfyUI's guider. "
                 "Sample with KSampler or SamplerCustomAdvanced."
             )
         denoised = args["denoised"]
         alpha, sigma = noise_level(args["model"].model_sampling, args["sigma"])
         x0 = denoised.float()
         noise = (args["input"].float() - alpha * x0) / sigma if sigma > 0 else None
-        # Samplers may evaluate the model more than once at the last noise level; each of these may be the last.
+        # Samplers may evaluate the model several times at the last noise level; any of these may be the last.
         last = sigma <= self.last_sigma * (1 + 1e-6)
         delta = self.spell(x0, noise=noise, alpha=alpha, sigma=sigma, last=last)
         return (x0 + delta).to(denoised.dtype) if delta.any() else denoised
@@ -106,35 +108,46 @@ class Repellency:
 
 
 def noise_level(model_sampling: Any, sigma: Tensor) -> tuple[float, float]:
-    """(alpha, sigma) of the state x = alpha x0 + sigma noise, read off the way in which the model adds noise.
+    """Read (alpha, sigma) of the state x = alpha x0 + sigma noise off the model's `noise_scaling`.
 
-    ComfyUI's eps and v models are sampled with alpha = 1, flow models with alpha = 1 - sigma.
+    ComfyUI samples eps and v models with alpha = 1, flow models with alpha = 1 - sigma.
+
+    Args:
+        model_sampling: the model's `model_sampling`.
+        sigma: (B,) noise levels as ComfyUI counts them.
 
     Raises:
-        ValueError: the images of the batch are at different noise levels.
+        ValueError: if the images of the batch are at different noise levels.
     """
     levels = sigma.flatten().float().cpu()
     level = levels[:1]
     if (levels != level).any():
-        raise ValueError("SPELL needs the same noise level for all images of a batch; sample them one by one.")
+        raise ValueError("SPELL needs one noise level for all images of a batch; sample them one by one.")
     zero, one = torch.zeros_like(level), torch.ones_like(level)
     alpha = model_sampling.noise_scaling(level, zero.clone(), one)
     scale = model_sampling.noise_scaling(level, one.clone(), zero)
     return float(alpha), float(scale)
 
 
-def check_shape(own: tuple[int, ...], sampled: tuple[int, ...], name: str) -> None:
-    """Refuses references of another size or kind of model than what is sampled."""
-    if own != sampled:
-        why = "kind of model" if own[0] != sampled[0] or len(own) != len(sampled) else "image size"
+def check_shape(encoded: tuple[int, ...], sampled: tuple[int, ...], name: str) -> None:
+    """Refuse references whose latents have another shape than the sampled ones.
+
+    Raises:
+        ValueError: saying whether the kind of model or the image size differs.
+    """
+    if encoded != sampled:
+        same_model = len(encoded) == len(sampled) and encoded[0] == sampled[0]
         raise ValueError(
-            f"The {name} were encoded for another {why}: their latents are {'×'.join(map(str, own))}, this workflow "
-            f"samples {'×'.join(map(str, sampled))}. Encode them again with this model's VAE at the size you generate."
+            f"The {name} were encoded for another {'image size' if same_model else 'kind of model'}: their latents are "
+            f"{'×'.join(map(str, encoded))}, this workflow samples {'×'.join(map(str, sampled))}. Encode them again "
+            "with this model's VAE at the size you generate."
         )
 
 
 def check_space(protected: ProtectedSet, latent_format: Any, sampled: tuple[int, ...]) -> None:
-    """Refuses a set of another size, layout or scaling than what is sampled. Of a set by shape alone only that counts.
+    """Refuse a protected set whose layout, shape or scaling differs from the sampled latents.
+
+    A set that records no VAE is compared by shape alone.
 
     Raises:
         ValueError: naming what differs.
@@ -154,18 +167,17 @@ def check_space(protected: ProtectedSet, latent_format: Any, sampled: tuple[int,
     probe = torch.tensor([-1.0, 1.0]).view(2, *[1] * len(sampled)).expand(2, sampled[0], *per_channel[2:])
     if not torch.allclose(latent_format.process_in(probe), (probe - mean) * space.scaling / std, rtol=1e-3, atol=1e-3):
         raise ValueError(
-            f"The protected set at {protected.path} was made for another kind of model: its latents are scaled "
-            f"otherwise than those of this model ({type(latent_format).__name__}). Make it with the model you "
-            "generate with."
+            f"The protected set at {protected.path} was made for another kind of model: this model scales its latents "
+            f"differently ({type(latent_format).__name__}). Make the set with the model you generate with."
         )
 
 
 def report(spell: Spell, radius: float) -> str:
-    """What happened in a run, in one line."""
+    """Summarise a run in one line."""
     pushed = [row for row in spell.trace if row["push"] > 0]
     size = f"radius {radius:g} (L2 {spell.radius:.4g})"
     if not pushed:
-        return f"SPELL: nothing came within {size}; the result is the one without SPELL. A larger radius acts more."
+        return f"SPELL: nothing came within {size}, so the result is unchanged. A larger radius acts more often."
     images = len({row["image"] for row in spell.trace})
     evaluations = len({row["step"] for row in spell.trace})
     line = (

@@ -1,4 +1,4 @@
-"""Images into latents, as a LATENT wire carries them."""
+"""Encode images into latents as a LATENT wire carries them."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from shielded.protected import find_images, load_images
 
 
 def encode(images: Iterable[Image.Image], vae: Any, size: tuple[int, int]) -> Tensor:
-    """Encodes images one by one, the short side resized and the centre cut out.
+    """Encode images one by one, after resizing the short side and cropping the centre.
 
     Args:
-        images: of any size and mode.
+        images: images of any size and mode.
         vae: ComfyUI's VAE.
         size: (height, width) in pixels.
 
     Returns:
-        (K, *S) on the CPU, not yet scaled as the sampler sees them.
+        latents (K, *S) on the CPU, not yet scaled for the sampler.
     """
     pixels = (to_pixels(image, size).movedim(0, -1)[None] / 2 + 0.5 for image in images)
     return torch.cat([vae.encode(image).float().cpu() for image in pixels])
 
 
 def from_tensor(images: Tensor) -> list[Image.Image]:
-    """An IMAGE (B, height, width, 3) with values in [0, 1] as PIL images."""
+    """Convert an IMAGE (B, height, width, 3) with values in [0, 1] to PIL images."""
     array = (images[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()
     return [Image.fromarray(image) for image in array]
 
 
 def from_folder(folder: Path) -> Iterable[Image.Image]:
-    """The images of a folder and its subfolders, one at a time; files that cannot be read are named in the log.
+    """Yield the images of a folder and its subfolders; log the files that cannot be read.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
-        ValueError: none of the images can be read.
+        FileNotFoundError: if there is no such folder, or no image in it.
+        ValueError: if none of the images can be read.
     """
     found = 0
     for _, path in tqdm(find_images(folder), desc="SPELL: encoding", unit="image"):
         loaded, skipped = load_images(path)
         for name, reason in skipped:
-            logging.warning(f"SPELL: {name} is left out, it cannot be read: {reason}")
+            logging.warning(f"SPELL: skipped {name}, which cannot be read: {reason}")
         for _, image, _, _ in loaded:
             found += 1
             yield image
@@ -57,7 +57,7 @@ def from_folder(folder: Path) -> Iterable[Image.Image]:
 
 
 def size_of(latent: dict[str, Any], vae: Any) -> tuple[int, int]:
-    """(height, width) in pixels of what a LATENT stands for."""
+    """Return the size (height, width) in pixels of the image that a LATENT encodes."""
     factor = vae.spacial_compression_encode()
     height, width = latent["samples"].shape[-2:]
     return height * factor, width * factor

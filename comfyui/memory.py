@@ -1,4 +1,4 @@
-"""Finished images that later runs stay away from, on disk: one protected set for each kind of model and size."""
+"""Memory of finished images on disk: one protected set for each kind of model and latent size."""
 
 from __future__ import annotations
 
@@ -22,25 +22,30 @@ _LOCK = "memory.lock"
 
 @dataclass(frozen=True)
 class Memory:
-    """A folder, and how many images it holds at most for each kind of model and size."""
+    """A folder of remembered latents.
+
+    Args:
+        folder: holds one protected set for each kind of model and latent size.
+        limit: most images that each of these sets may hold.
+    """
 
     folder: Path
     limit: int
 
 
 def named(root: Path, name: str, limit: int) -> Memory:
-    """The memory of this name.
+    """Return the memory `name` below `root`.
 
     Raises:
-        ValueError: a name that is not a plain folder name.
+        ValueError: if the name is not a plain folder name.
     """
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"A memory's name is made of letters, digits, - and _; got {name!r}.")
+        raise ValueError(f"The name of a memory consists of letters, digits, - and _; got {name!r}.")
     return Memory(root / name, limit)
 
 
 def recall(memory: Memory, latent_format: Any, shape: tuple[int, ...]) -> Tensor:
-    """What is remembered for this kind of model and size, in the sampler's space: (M, *shape), oldest first."""
+    """Load the remembered latents of this kind and size in the sampler's space: (M, *shape), oldest first."""
     folder = _folder(memory, latent_format, shape)
     if not folder.is_dir():
         return torch.zeros(0, *shape)
@@ -50,20 +55,20 @@ def recall(memory: Memory, latent_format: Any, shape: tuple[int, ...]) -> Tensor
 
 
 def remember(memory: Memory, latent_format: Any, latents: Tensor) -> int:
-    """Remembers finished latents; those that are remembered already are not taken twice.
+    """Add finished latents to a memory, except those that it already holds.
 
-    When the memory is full, the oldest tenth is forgotten at once, so that the files are rewritten rarely.
+    A full memory forgets its oldest tenth at once, so that its files are rewritten rarely.
 
     Args:
-        memory: where to.
-        latent_format: the model's.
+        memory: memory to add to.
+        latent_format: the model's latent format; its class name tells kinds of models apart.
         latents: (B, *S) in the sampler's space.
 
     Returns:
-        How many latents of this kind and size are remembered now.
+        the number of latents of this kind and size that the memory holds now.
 
     Raises:
-        ValueError: latents with NaN or infinity.
+        ValueError: if a latent contains NaN or infinity.
     """
     latents = latents.detach().float().cpu()
     shape = tuple(latents.shape[1:])
@@ -82,7 +87,7 @@ def remember(memory: Memory, latent_format: Any, latents: Tensor) -> int:
 
 
 def forget(memory: Memory) -> None:
-    """Forgets everything, for all models and sizes."""
+    """Delete the latents of all models and sizes."""
     with _locked(memory):
         for folder in memory.folder.iterdir():
             if folder.is_dir():
@@ -90,7 +95,7 @@ def forget(memory: Memory) -> None:
 
 
 def state(folder: Path) -> str:
-    """A fingerprint of the files in a folder, which changes when one of them does."""
+    """Return a fingerprint of a folder that changes when one of its files does."""
     files = sorted(
         (path.relative_to(folder).as_posix(), path.stat().st_mtime_ns, path.stat().st_size)
         for path in folder.rglob("*")
@@ -101,7 +106,7 @@ def state(folder: Path) -> str:
 
 @contextmanager
 def _locked(memory: Memory) -> Iterator[None]:
-    """One process at a time; another ComfyUI may use the same memory."""
+    """Hold the lock of a memory; another ComfyUI process may use the same one."""
     memory.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(memory.folder / _LOCK, timeout=60):
         yield

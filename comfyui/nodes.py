@@ -1,4 +1,4 @@
-"""The nodes: what they are called, what they take, and which part of the pack does it."""
+"""Node definitions: names, inputs, outputs, and the function that each one runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from shielded import ProtectedSet
 
-from .hook import Repellency
+from .hook import SpellPatch
 from .images import encode, from_folder, from_tensor, size_of
 from .memory import Memory, forget, named, remember, state
 
@@ -27,8 +27,8 @@ class Spell(io.ComfyNode):
             node_id="ShieldedSpell",
             display_name="SPELL",
             category=CATEGORY,
-            description="Keeps what this model generates away from protected images, from remembered ones, and from "
-            "the other images of the batch. Put it last before the sampler.",
+            description="Keeps generated images away from protected images, from remembered images, and from the other "
+            "images of the batch. Place it directly before the sampler.",
             inputs=[
                 io.Model.Input("model"),
                 io.Float.Input(
@@ -37,8 +37,8 @@ class Spell(io.ComfyNode):
                     min=0.01,
                     max=5.0,
                     step=0.01,
-                    tooltip="How far away, in a measure that is the same for all models and sizes: 0 is the same "
-                    "image, 1.41 as far as two unrelated images are apart. 0.78 is the paper's setting for SD3.",
+                    tooltip="Distance to keep, in a unit that fits all models and sizes: 0 is the same image, 1.41 the "
+                    "distance of two unrelated images. 0.78 is the paper's setting for SD3.",
                 ),
                 io.Float.Input(
                     "overcompensation",
@@ -46,10 +46,10 @@ class Spell(io.ComfyNode):
                     min=0.1,
                     max=5.0,
                     step=0.1,
-                    tooltip="1 pushes just to the radius, more pushes further and ends sooner.",
+                    tooltip="1 pushes exactly to the radius; more pushes farther and needs fewer steps.",
                 ),
                 io.Boolean.Input(
-                    "within_batch", default=True, tooltip="The images of one batch keep the radius from each other."
+                    "within_batch", default=True, tooltip="Images of one batch keep the radius from each other."
                 ),
                 io.Float.Input(
                     "window_start",
@@ -57,7 +57,7 @@ class Spell(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Noise level from which on it acts; 1 is pure noise, the beginning of sampling.",
+                    tooltip="Noise level at which SPELL starts to act; 1 is pure noise, the start of sampling.",
                 ),
                 io.Float.Input(
                     "window_end",
@@ -65,15 +65,15 @@ class Spell(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Noise level at which it stops; 0 is the finished image. 0.6 costs less quality where "
-                    "only variety is wanted; protection needs 0.",
+                    tooltip="Noise level at which SPELL stops; 0 is the finished image. 0.6 costs less quality if you "
+                    "want variety alone; protection needs 0.",
                 ),
                 io.Combo.Input(
                     "overlap",
                     options=["project", "sum"],
                     default="project",
-                    tooltip="Where several shields overlap: project is the smallest move out of all of them, sum the "
-                    "paper's formula.",
+                    tooltip="Correction where shields overlap: project is the smallest move out of all of them, sum is "
+                    "the paper's formula.",
                 ),
                 ProtectedImages.Input("protected", optional=True, tooltip="Images to stay away from."),
                 MemoryWire.Input("memory", optional=True, tooltip="Images of earlier runs to stay away from."),
@@ -96,12 +96,12 @@ class Spell(io.ComfyNode):
     ) -> io.NodeOutput:
         if window_start <= window_end:
             raise ValueError(
-                f"window_start ({window_start:g}) must be larger than window_end ({window_end:g}): noise runs from 1 "
-                "down to 0."
+                f"window_start ({window_start:g}) must be larger than window_end ({window_end:g}): the noise level "
+                "falls from 1 to 0."
             )
         if not within_batch and protected is None and memory is None:
             raise ValueError(
-                "SPELL has nothing to keep away from: switch within_batch on, or connect protected images or a memory."
+                "SPELL has no references: switch within_batch on, or connect protected images or a memory."
             )
         options = {
             "overcompensation": overcompensation,
@@ -109,7 +109,7 @@ class Spell(io.ComfyNode):
             "window": (window_start, window_end),
             "overlap": overlap,
         }
-        return io.NodeOutput(Repellency(radius, options, protected, memory).patch(model))
+        return io.NodeOutput(SpellPatch(radius, options, protected, memory).patch(model))
 
 
 class ProtectImages(io.ComfyNode):
@@ -119,11 +119,11 @@ class ProtectImages(io.ComfyNode):
             node_id="ShieldedProtectImages",
             display_name="SPELL Protect Images",
             category=CATEGORY,
-            description="Images that SPELL keeps away from.",
+            description="Encodes images for SPELL to keep away from.",
             inputs=[
                 io.Image.Input("images"),
                 io.Vae.Input("vae"),
-                io.Latent.Input("latent", tooltip="The latent that goes into the sampler; images get its size."),
+                io.Latent.Input("latent", tooltip="The latent that enters the sampler; images are resized to fit it."),
             ],
             outputs=[ProtectedImages.Output(display_name="protected")],
         )
@@ -140,11 +140,11 @@ class ProtectFolder(io.ComfyNode):
             node_id="ShieldedProtectFolder",
             display_name="SPELL Protect Folder",
             category=CATEGORY,
-            description="All images of a folder and its subfolders, for SPELL to keep away from.",
+            description="Encodes all images of a folder and its subfolders for SPELL to keep away from.",
             inputs=[
-                io.String.Input("folder", tooltip="An absolute path, or one in ComfyUI's input folder."),
+                io.String.Input("folder", tooltip="An absolute path, or one below ComfyUI's input folder."),
                 io.Vae.Input("vae"),
-                io.Latent.Input("latent", tooltip="The latent that goes into the sampler; images get its size."),
+                io.Latent.Input("latent", tooltip="The latent that enters the sampler; images are resized to fit it."),
             ],
             outputs=[ProtectedImages.Output(display_name="protected")],
         )
@@ -165,8 +165,8 @@ class OpenSet(io.ComfyNode):
             node_id="ShieldedOpenSet",
             display_name="SPELL Open Set",
             category=CATEGORY,
-            description="A protected set made by the command `shielded protect`, for the model and size you generate.",
-            inputs=[io.String.Input("folder", tooltip="An absolute path, or one in ComfyUI's input folder.")],
+            description="Opens a protected set that `shielded protect` made for the model and size you generate.",
+            inputs=[io.String.Input("folder", tooltip="An absolute path, or one below ComfyUI's input folder.")],
             outputs=[ProtectedImages.Output(display_name="protected")],
         )
 
@@ -186,16 +186,16 @@ class UseMemory(io.ComfyNode):
             node_id="ShieldedMemory",
             display_name="SPELL Memory",
             category=CATEGORY,
-            description="Images of earlier runs, kept on disk. Connect it to SPELL, which keeps away from them, and to "
+            description="Keeps images of earlier runs on disk. Connect it to SPELL, which keeps away from them, and to "
             "SPELL Remember, which adds to them.",
             inputs=[
-                io.String.Input("name", default="default", tooltip="Each name is a memory of its own."),
+                io.String.Input("name", default="default", tooltip="Name of the memory; each name is a separate one."),
                 io.Int.Input(
                     "limit",
                     default=256,
                     min=1,
                     max=100_000,
-                    tooltip="How many images of one model and size are kept at most; the oldest are forgotten first.",
+                    tooltip="Most images to keep for one model and size; the oldest are forgotten first.",
                 ),
             ],
             outputs=[MemoryWire.Output(display_name="memory")],
@@ -207,7 +207,7 @@ class UseMemory(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str, limit: int) -> str:
-        # With each image that is remembered, everything after this node is to run again, also with the same seed.
+        # Each remembered image makes ComfyUI run everything after this node again, also with the same seed.
         return state(_memory(name, limit).folder)
 
 
@@ -218,11 +218,11 @@ class Remember(io.ComfyNode):
             node_id="ShieldedRemember",
             display_name="SPELL Remember",
             category=CATEGORY,
-            description="Adds finished latents to a memory, so that later runs keep away from them. Put it after the "
+            description="Adds finished latents to a memory, so that later runs keep away from them. Place it after the "
             "sampler.",
             inputs=[
-                io.Latent.Input("latent", tooltip="What the sampler gives."),
-                io.Model.Input("model", tooltip="The model that was sampled."),
+                io.Latent.Input("latent", tooltip="The sampler's output."),
+                io.Model.Input("model", tooltip="The model that generated the latent."),
                 MemoryWire.Input("memory"),
             ],
             outputs=[io.Latent.Output(tooltip="The latent, unchanged.")],
@@ -234,7 +234,7 @@ class Remember(io.ComfyNode):
     def execute(cls, latent: Any, model: Any, memory: Memory) -> io.NodeOutput:
         latent_format = model.get_model_object("latent_format")
         count = remember(memory, latent_format, latent_format.process_in(latent["samples"].float()))
-        logging.info(f"SPELL: {count} images of this model and size in memory {memory.folder.name!r}.")
+        logging.info(f"SPELL: memory {memory.folder.name!r} holds {count} images of this model and size.")
         return io.NodeOutput(latent)
 
 
@@ -245,7 +245,7 @@ class Forget(io.ComfyNode):
             node_id="ShieldedForget",
             display_name="SPELL Forget",
             category=CATEGORY,
-            description="Empties a memory each time it runs. Bypass it when that is done.",
+            description="Empties a memory each time it runs. Bypass it afterwards.",
             inputs=[MemoryWire.Input("memory")],
             outputs=[MemoryWire.Output(display_name="memory")],
             is_output_node=True,
