@@ -1,10 +1,10 @@
-"""Sparse repellency: tensors in, correction out.
+"""Sparse repellency on tensors: the paper's sum, and the smallest move that leaves every shield.
 
 Kirchhof et al., "Shielded Diffusion: Generating Novel and Diverse Images using Sparse Repellency", ICML 2025:
 
     Δ = Σ_k (r_k − d_k)₊ u_k,   d_k = ‖x0 − z_k‖,   u_k = (x0 − z_k)/d_k
 
-and its overlap-safe form, the smallest move that leaves every shield (`shielded.core.projection`).
+The smallest move replaces the sum where shields overlap; `shielded.core.projection` derives it.
 """
 
 from __future__ import annotations
@@ -18,28 +18,35 @@ import torch
 from torch import Tensor
 
 from shielded.core.directions import COINCIDENT, push_direction
-from shielded.core.distances import PRECISION, at_once, column_blocks, distances_of, squared_distances
+from shielded.core.distances import PRECISION, block_elements, column_blocks, distances_of, squared_distances
 from shielded.core.projection import smallest_move, stays_inside, way_out
 from shielded.core.references import Hits, References, TensorReferences, deepest, merge, rank_within_query, unknown
 
 Overlap = Literal["sum", "project"]
 
-_ROUNDS = 12
-_DEEPEST = 128  # shields added per round and image; fewer make more rounds, each with a search, more larger systems
-_HELD = 1 << 27  # elements of references that are held at once: 512 MiB in float32
-_GROUP = 1e7  # products of numbers that take as long as handling one more group of images
+_MAX_ROUNDS = 12  # of solving for the active shields and searching again where the move led
+_MAX_NEW_SHIELDS = 128  # per round and image; fewer need more rounds, each with a search, more make larger systems
+_MAX_ELEMENTS = 1 << 27  # elements of references in memory at once: 512 MiB in float32
+_GROUP_COST = 1e7  # multiplications that take as long as the overhead of one more group of images
 
 
 def sum_correction(x0: Tensor, references: References, hits: Hits, noise: Tensor) -> Tensor:
-    """The paper's Δ for the active shields. (B, D)"""
+    """Compute the paper's Δ (B, D) for the active shields.
+
+    Args:
+        x0: (B, D).
+        references: where the vectors of the references are.
+        hits: the active shields.
+        noise: (B, D), not zero: the direction where x0 equals a reference.
+    """
     delta = torch.zeros_like(x0)
-    block = rank_within_query(hits) // max(1, _HELD // x0.shape[1])
+    block = rank_within_query(hits) // max(1, _MAX_ELEMENTS // x0.shape[1])
     for n in range(int(block.max()) + 1 if len(hits) else 0):
-        for own in _together(hits[block == n], x0.shape[1], pairs=False):
-            group = _Group(x0, references, own, noise)
-            depth = own.radius - own.distance
-            coincident = own.distance <= COINCIDENT * own.radius
-            group.weight[group.image, group.place] = torch.where(coincident, 0, depth / own.distance)
+        for shields in _groups(hits[block == n], x0.shape[1], pairs=False):
+            group = _Group(x0, references, shields, noise)
+            depth = shields.radius - shields.distance
+            coincident = shields.distance <= COINCIDENT * shields.radius
+            group.weight[group.image, group.column] = torch.where(coincident, 0, depth / shields.distance)
             if coincident.any():
                 group.along.index_add_(0, group.image, torch.where(coincident, depth, 0))
                 group.along /= group.noise_length
@@ -50,60 +57,70 @@ def sum_correction(x0: Tensor, references: References, hits: Hits, noise: Tensor
 def project_correction(
     x0: Tensor, references: References, hits: Hits, noise: Tensor, shrink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The smallest move after which no row of x0 is inside a shield.
+    """Compute the smallest move after which no row of x0 is inside a shield.
 
-    Shields that the move itself enters, and those that were not among the deepest, join in up to 12 rounds; each
-    round solves for all of them from the original x0.
+    Up to 12 rounds add the shields that the move itself enters and those that were not among the deepest; each round
+    solves for all of them from the original x0.
+
+    Args:
+        x0: (B, D).
+        references: searched again where the move led.
+        hits: the active shields of x0.
+        noise: (B, D), not zero: the direction where x0 equals a reference.
+        shrink: (B,) subtracted from the squared radii of each row (posterior radius).
 
     Returns:
-        the move (B, D), and (B,) bool: rows that still are inside a shield after the last round.
+        The move (B, D), and (B,) bool: rows that are still inside a shield after the last round.
     """
     delta = torch.zeros_like(x0)
     inside = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     inside[hits.query] = True
     exact = torch.zeros_like(inside)
     chosen, found = hits[:0], hits
-    for attempt in range(_ROUNDS):
-        fresh = deepest(unknown(found, chosen), _DEEPEST)
+    for attempt in range(_MAX_ROUNDS):
+        fresh = deepest(unknown(found, chosen), _MAX_NEW_SHIELDS)
         entered = torch.zeros_like(inside)
         entered[fresh.query] = True
-        # Still in shields that were solved for: large multipliers have made the rounding of matrix products count.
-        again = inside & ~entered & ~exact
-        exact |= again
-        solved = entered | again
+        # Rows in shields that were solved for: large multipliers amplify the rounding of matrix products.
+        imprecise = inside & ~entered & ~exact
+        exact |= imprecise
+        solved = entered | imprecise
         rows = solved.nonzero().flatten()
         if not len(rows):
             break
         chosen = merge(chosen, fresh)
-        for own in _together(chosen[solved[chosen.query]], x0.shape[1], pairs=True):
-            group = _Group(x0, references, own, noise)
+        for group_hits in _groups(chosen[solved[chosen.query]], x0.shape[1], pairs=True):
+            group = _Group(x0, references, group_hits, noise)
             if attempt:  # new shields were measured from where the move led
-                own.distance = group.distances()
-            for shields in _padded(group, own):
-                _leave(group, shields, exact[group.query[shields.own]])
+                group_hits.distance = group.distances()
+            for shields in _padded(group, group_hits):
+                _solve(group, shields, exact[group.query[shields.image]])
             delta[group.query] = 0
             group.add_move(delta)
         moved = delta[rows].add_(x0[rows])
         found = references.scan(moved, None if shrink is None else shrink[rows]).hits()
-        # The solution touches its shields; rounding of x0 + h may leave it a hair inside, which is not entering.
-        hair = 2e-6 * found.radius + 2e-7 * moved.norm(dim=1).double()[found.query]
-        found = found[found.distance < found.radius - hair]
+        # The solution touches its shields; the rounding of x0 + h may leave it inside by that much.
+        tolerance = 2e-6 * found.radius + 2e-7 * moved.norm(dim=1).double()[found.query]
+        found = found[found.distance < found.radius - tolerance]
         found.query = rows[found.query]
         inside[rows] = False
         inside[found.query] = True
     return delta, inside
 
 
-def _together(hits: Hits, dim: int, pairs: bool) -> Iterator[Hits]:
-    """The hits of as many images at a time as is cheapest.
+def _groups(hits: Hits, dim: int, pairs: bool) -> Iterator[Hits]:
+    """Split hits into groups of images, of the size that costs least.
 
-    The images of a group share one matrix product over all references of the group. That is fast where they are in the
-    same shields, as blurred images are, and wasteful where each has shields of its own.
+    The images of a group share one matrix product over all references of the group. That is fast where they lie in the
+    same shields, as blurred images do, and wasteful where they lie in different ones.
 
     Args:
         hits: in order of the images.
         dim: D.
         pairs: whether products between references are needed as well.
+
+    Yields:
+        The hits of one group.
     """
     if not len(hits):
         return
@@ -112,32 +129,32 @@ def _together(hits: Hits, dim: int, pairs: bool) -> Iterator[Hits]:
     cheapest, best = float("inf"), 1
     for size in (count, *(size for size in (64, 16, 4, 1) if size < count)):
         references = torch.bincount((image // size * stride + hits.row).unique() // stride)
-        if size > 1 and int(references.max()) * dim > _HELD:
+        if size > 1 and int(references.max()) * dim > _MAX_ELEMENTS:
             continue
-        cost = int((references * (2 * size + (references if pairs else 0))).sum()) * dim + _GROUP * len(references)
+        cost = int((references * (2 * size + (references if pairs else 0))).sum()) * dim + _GROUP_COST * len(references)
         if cost < cheapest:
             cheapest, best = cost, size
-        if cost < 16 * _GROUP:
+        if cost < 16 * _GROUP_COST:
             break
     for first in range(0, count, best):
         yield hits[(image >= first) & (image < first + best)]
 
 
 class _Group:
-    """Images that are solved together, and the references z whose shields they are in.
+    """Images that share their matrix products, and the references z whose shields they are in.
 
     Their moves are Σ_k weight_k (x − z_k) + along · noise.
 
     Args:
         x0: (B, D).
-        references: where to find the vectors of the references; each is asked for once.
-        hits: (P,) the active shields of some of the images.
+        references: where the vectors of the references are; each is read once.
+        hits: (P,) the active shields of the group.
         noise: (B, D), not zero.
     """
 
     def __init__(self, x0: Tensor, references: References, hits: Hits, noise: Tensor) -> None:
         self.query, self.image = hits.query.unique_consecutive(return_inverse=True)  # (n,) rows of x0; (P,)
-        rows, self.place = hits.row.unique(return_inverse=True)  # (m,); (P,)
+        rows, self.column = hits.row.unique(return_inverse=True)  # (m,); (P,)
         self.x = x0 if len(self.query) == len(x0) else x0[self.query]  # (n, D)
         self.z = references.vectors(rows)  # (m, D)
         self.weight = torch.zeros(len(self.query), len(rows), dtype=torch.float64, device=x0.device)
@@ -146,12 +163,12 @@ class _Group:
 
     @cached_property
     def noise(self) -> Tensor:
-        """(n, D)"""
+        """The noise of the group's images, (n, D)."""
         return self._noise if len(self.query) == len(self._noise) else self._noise[self.query]
 
     @cached_property
     def noise_length(self) -> Tensor:
-        """(n,) float64"""
+        """‖noise‖, (n,) float64."""
         return torch.linalg.vector_norm(self.noise, dim=1, dtype=torch.float64)
 
     @cached_property
@@ -165,16 +182,16 @@ class _Group:
 
     @cached_property
     def between(self) -> tuple[Tensor, float]:
-        """Squared distances between the references (m, m) float64, and how far they may be off."""
+        """Squared distances between the references (m, m) float64, and the largest error bound among them."""
         squared, error = squared_distances(self.z, self.z)
         return squared, float(error.max())
 
     def distances(self) -> Tensor:
-        """‖x − z‖ of the hits, (P,) float64."""
-        return distances_of(self.x, self.z, self.image, self.place, *squared_distances(self.x, self.z))
+        """Compute ‖x − z‖ (P,) float64 of the hits."""
+        return distances_of(self.x, self.z, self.image, self.column, *squared_distances(self.x, self.z))
 
     def add_move(self, delta: Tensor) -> None:
-        """Add the moves to delta (B, D). In float64: deep among the references large weights nearly cancel."""
+        """Add the moves to delta (B, D), in float64: deep among the references large weights nearly cancel."""
         total, pushed = self.weight.sum(dim=1, keepdim=True), bool(self.along.any())
         for part, x, z in self._blocks():
             move = total * x - self.weight @ z
@@ -183,7 +200,7 @@ class _Group:
             delta[self.query, part] += move.to(delta.dtype)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Columns, and x and z there in float64 with the origin in the middle of x."""
+        """Yield blocks of columns, with x and z there in float64 relative to the mean of x."""
         for part in column_blocks(self.x, len(self.x) + len(self.z)):
             x = self.x[:, part].double()
             centre = x.mean(dim=0)
@@ -192,18 +209,27 @@ class _Group:
 
 @dataclass
 class _Shields:
-    """The active shields of n images of a group, padded to the same number A."""
+    """The active shields of n images of a group, padded to the same number A.
 
-    own: Tensor  # (n,) which of the group's images
-    place: Tensor  # (n, A) which of its references
-    distance: Tensor  # (n, A) float64; 0 where there is no direction
-    radius: Tensor  # (n, A) float64
-    valid: Tensor  # (n, A) bool, False marks padding
-    directed: Tensor  # (n, A) bool: valid, and x0 does not equal the reference, from which any direction leads away
+    Args:
+        image: (n,) index into the group's images.
+        column: (n, A) index into the group's references.
+        distance: (n, A) float64, 0 where there is no direction.
+        radius: (n, A) float64.
+        valid: (n, A) bool, False marks padding.
+        directed: (n, A) bool, valid and x0 differs from the reference; otherwise any direction leads away.
+    """
+
+    image: Tensor
+    column: Tensor
+    distance: Tensor
+    radius: Tensor
+    valid: Tensor
+    directed: Tensor
 
 
 def _padded(group: _Group, hits: Hits) -> Iterator[_Shields]:
-    """The shields of a group, images with similar numbers of them together, a bounded piece at a time."""
+    """Pad the shields of a group, in batches of bounded size of images with similar numbers of shields."""
     counts = torch.bincount(group.image)
     starts = counts.cumsum(0) - counts
     counts, order = counts.sort(stable=True)
@@ -211,64 +237,64 @@ def _padded(group: _Group, hits: Hits) -> Iterator[_Shields]:
     first = 0
     while first < len(sizes):
         last = first + 1
-        while last < len(sizes) and sizes[last] ** 2 * (last + 1 - first) <= at_once(counts.device):
+        while last < len(sizes) and sizes[last] ** 2 * (last + 1 - first) <= block_elements(counts.device):
             if sizes[last] > 1 and sizes[first] == 1:  # one shield has a closed form
                 break
             last += 1
-        own, number = order[first:last], torch.arange(sizes[last - 1], device=counts.device)
+        image, number = order[first:last], torch.arange(sizes[last - 1], device=counts.device)
         valid = number < counts[first:last, None]
-        index = torch.where(valid, starts[own, None] + number, starts[own, None])
+        index = torch.where(valid, starts[image, None] + number, starts[image, None])
         distance, radius = hits.distance[index], hits.radius[index]
         directed = valid & (distance > COINCIDENT * radius)
-        yield _Shields(own, group.place[index], torch.where(directed, distance, 0), radius, valid, directed)
+        yield _Shields(image, group.column[index], torch.where(directed, distance, 0), radius, valid, directed)
         first = last
 
 
-def _leave(group: _Group, shields: _Shields, exact: Tensor) -> None:
+def _solve(group: _Group, shields: _Shields, exact: Tensor) -> None:
     """Set the group's weights to the smallest moves out of the given shields."""
-    own, distance, radius, directed = shields.own, shields.distance, shields.radius, shields.directed
+    image, distance, radius, directed = shields.image, shields.distance, shields.radius, shields.directed
     if distance.shape[1] == 1:  # the formula itself: a projection onto the shell
         multipliers = radius - distance
         if not directed.all():
-            group.along[own] = torch.where(directed, 0, multipliers)[:, 0] / group.noise_length[own]
+            group.along[image] = torch.where(directed, 0, multipliers)[:, 0] / group.noise_length[image]
     else:
-        radius = radius * (1 + 3e-6)  # room for the rounding of x0 + h in float32
+        radius = radius * (1 + 3e-6)  # margin for the rounding of x0 + h in float32
         gram = _normals(group, shields, exact)
         multipliers = smallest_move(gram, distance, radius, shields.valid, directed)
         stuck = stays_inside(gram, multipliers, distance, radius, shields.valid).nonzero().flatten()
         if len(stuck):
-            noise = torch.where(directed, group.noise_across[own[:, None], shields.place] / distance, 0)
-            multipliers[stuck], group.along[own[stuck]] = way_out(
+            noise = torch.where(directed, group.noise_across[image[:, None], shields.column] / distance, 0)
+            multipliers[stuck], group.along[image[stuck]] = way_out(
                 gram[stuck],
                 multipliers[stuck],
                 distance[stuck],
                 radius[stuck],
                 shields.valid[stuck],
                 noise[stuck],
-                group.noise_length[own[stuck]],
+                group.noise_length[image[stuck]],
             )
     weight = torch.where(directed, multipliers / distance, 0)
-    group.weight.index_put_((own[:, None], shields.place), weight, accumulate=True)  # padding adds zero
+    group.weight.index_put_((image[:, None], shields.column), weight, accumulate=True)  # padding adds zero
 
 
 def _normals(group: _Group, shields: _Shields, exact: Tensor) -> Tensor:
-    """u_k·u_l (n, A, A) float64; zero for shields without a direction.
+    """Compute u_k·u_l (n, A, A) float64, zero for shields without a direction.
 
     The products follow from the distances between the references, which all images share. Next to a reference, where
-    these say too little, and for the `exact` (n,) images, they are those of the offsets themselves.
+    these are too imprecise, and for the `exact` (n,) images, they are computed from the offsets themselves.
     """
-    place, squared = shields.place, shields.distance.square()
+    column, squared = shields.column, shields.distance.square()
     scale = torch.where(shields.directed, 1 / shields.distance, 0)
     between, error = group.between
-    gram = squared[:, :, None] + squared[:, None, :] - between[place[:, :, None], place[:, None, :]]
+    gram = squared[:, :, None] + squared[:, None, :] - between[column[:, :, None], column[:, None, :]]
     gram *= 0.5 * scale[:, :, None] * scale[:, None, :]
     nearest = torch.where(shields.directed, squared, torch.inf).amin(dim=1)
     direct = (exact | (PRECISION * nearest < error)).nonzero().flatten()
     if len(direct):
-        for rows in direct.split(max(1, at_once(direct.device) // (128 * place.shape[1]))):
+        for rows in direct.split(max(1, block_elements(direct.device) // (128 * column.shape[1]))):
             products = torch.zeros_like(gram[rows])
-            for part in column_blocks(group.x, place[rows].numel()):
-                offset = group.x[shields.own[rows], None, part].double() - group.z[place[rows], part].double()
+            for part in column_blocks(group.x, column[rows].numel()):
+                offset = group.x[shields.image[rows], None, part].double() - group.z[column[rows], part].double()
                 products += offset @ offset.transpose(1, 2)
             gram[rows] = products * (scale[rows, :, None] * scale[rows, None, :])
     return gram
@@ -283,21 +309,26 @@ def repellency(
     overlap: Overlap = "sum",
     noise: Tensor | None = None,
 ) -> Tensor:
-    """The correction λΔ that pushes x0 out of the shields around the references.
+    """Compute the correction λΔ that pushes x0 out of the shields around the references.
 
     Args:
         x0: (B, *S) predicted clean samples.
         references: (K, *S).
         radius: L2 distance in the space of x0; one number, or (K,).
-        overcompensation: λ; 1 lands on the shell, more leaves earlier (paper: 1.6).
+        overcompensation: λ; 1 ends on the shell of the shield, more goes beyond it (paper: 1.6).
         overlap: "sum", the paper's formula, or "project", the smallest move that leaves every shield.
-        noise: (B, *S) predicted noise, the direction of the push where x0 equals a reference. Without it a fixed one.
+        noise: (B, *S) predicted noise, the direction of the push where x0 equals a reference; None: a fixed direction.
 
     Returns:
-        (B, *S), of x0's dtype. Exactly zero in rows outside all shields.
+        (B, *S) of x0's dtype, exactly zero in rows outside all shields.
 
     Raises:
         ValueError: shapes that do not fit, a radius that is not positive, or x0 with NaN or infinity.
+
+    Example:
+        >>> x0, z = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
+        >>> repellency(x0, z, radius=10.0)  # at distance 5, pushed by 5
+        tensor([[3., 4.]])
     """
     if x0.dim() < 2 or references.shape[1:] != x0.shape[1:]:
         raise ValueError(
@@ -321,7 +352,11 @@ def repellency(
 
 
 def check_radius(radius: float | Tensor, count: int) -> float | Tensor:
-    """Refuse a radius that is no positive number, or not one per reference."""
+    """Return the radius as a number or (count,) float64; refuse one that is not positive and finite.
+
+    Raises:
+        ValueError: a value out of range, or neither one number nor one per reference.
+    """
     values = torch.as_tensor(radius, dtype=torch.float64)
     if values.dim() and values.shape != (count,):
         raise ValueError(f"radius has shape {tuple(values.shape)}; give one number or one per reference, ({count},).")

@@ -1,4 +1,4 @@
-"""The smallest move that leaves every shield: what replaces the paper's sum where shields overlap.
+"""The smallest move that leaves every shield, which replaces the paper's sum where shields overlap.
 
 The distance constraints ‖x0 + h − z_k‖ ≥ r_k are not convex, but in high dimension the smallest h is: with
 w_k = x0 − z_k and e_k = r_k² − ‖w_k‖² they read 2 w_k·h + ‖h‖² ≥ e_k, and any ρ ≥ ‖h‖² can take the place of ‖h‖²,
@@ -10,7 +10,7 @@ a convex problem. For a given ρ it is a non-negative least squares problem in t
 lower bound on ρ is a ratio that Newton's method (Dinkelbach 1967) raises to the optimum in a few rounds. For one shield
 h = (r − d) w/d, the paper's formula; where normals oppose each other, the orthogonal step is the way out.
 
-Everything here works on Gram matrices in float64, so its cost depends on the number of active shields alone.
+All functions work on float64 Gram matrices, so their cost depends on the number of active shields alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEWTON_ROUNDS = 25
 
 
 def non_negative_quadratic(gram: Tensor, target: Tensor, passive: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximise ν·target − ½ νᵀ gram ν over ν ≥ 0, for a batch, by block principal pivoting (Kim and Park 2011).
+    """Maximise ν·target − ½ νᵀ gram ν over ν ≥ 0 for a batch, by block principal pivoting (Kim and Park 2011).
 
     Args:
         gram: (n, A, A) positive semi-definite.
@@ -33,7 +33,7 @@ def non_negative_quadratic(gram: Tensor, target: Tensor, passive: Tensor, valid:
         valid: (n, A) bool; the other entries are padding and stay 0.
 
     Returns:
-        ν (n, A) and its passive set.
+        ν (n, A), and its passive set (n, A) bool.
     """
     n, size = target.shape
     passive = passive & valid
@@ -41,44 +41,44 @@ def non_negative_quadratic(gram: Tensor, target: Tensor, passive: Tensor, valid:
     fewest = torch.full((n,), size + 1, device=target.device)
     patience = torch.full((n,), 3, device=target.device)
     order = torch.arange(size, device=target.device)
-    left = torch.arange(n, device=target.device)  # rows that are not solved yet
+    open_rows = torch.arange(n, device=target.device)  # not solved yet
     for _ in range(_EXCHANGE_ROUNDS):
-        free = passive[left]
-        system = gram[left] * (free[:, :, None] & free[:, None, :])
+        free = passive[open_rows]
+        system = gram[open_rows] * (free[:, :, None] & free[:, None, :])
         system = system + torch.diag_embed(torch.where(free, _RIDGE, 1.0).to(gram.dtype))
-        multipliers = torch.linalg.solve(system, (target[left] * free).unsqueeze(-1)).squeeze(-1) * free
-        result[left] = multipliers
-        slack = (gram[left] @ multipliers.unsqueeze(-1)).squeeze(-1) - target[left]
-        # What rounding alone can make of the sum, entry by entry: a near coincidence has a target of another magnitude.
-        rounding = 1e-10 * target[left].abs() + 1e-14 * multipliers.abs().sum(dim=1, keepdim=True)
-        wrong = valid[left] & torch.where(free, multipliers < 0, slack < -rounding)
+        multipliers = torch.linalg.solve(system, (target[open_rows] * free).unsqueeze(-1)).squeeze(-1) * free
+        result[open_rows] = multipliers
+        slack = (gram[open_rows] @ multipliers.unsqueeze(-1)).squeeze(-1) - target[open_rows]
+        # The rounding error of the sum, entry by entry: near a coincidence the target has another magnitude.
+        rounding = 1e-10 * target[open_rows].abs() + 1e-14 * multipliers.abs().sum(dim=1, keepdim=True)
+        wrong = valid[open_rows] & torch.where(free, multipliers < 0, slack < -rounding)
         count = wrong.sum(dim=1)
         unsolved = count > 0
         if not unsolved.any():
             break
-        # Exchange all wrong entries at once while that helps, else the last one only, which cannot cycle.
-        better = count < fewest[left]
-        fewest[left] = torch.where(better, count, fewest[left])
-        patience[left] = torch.where(better, 3, patience[left] - 1)
+        # Exchange all wrong entries at once while that helps; then only the last one, which cannot cycle.
+        better = count < fewest[open_rows]
+        fewest[open_rows] = torch.where(better, count, fewest[open_rows])
+        patience[open_rows] = torch.where(better, 3, patience[open_rows] - 1)
         last = (wrong * (order + 1)).argmax(dim=1, keepdim=True) == order
-        passive[left] = free ^ torch.where((patience[left] >= 0).unsqueeze(1), wrong, wrong & last)
-        left = left[unsolved]
+        passive[open_rows] = free ^ torch.where((patience[open_rows] >= 0).unsqueeze(1), wrong, wrong & last)
+        open_rows = open_rows[unsolved]
     return result.clamp(min=0), passive
 
 
 def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor, directed: Tensor) -> Tensor:
-    """Multipliers ν with h = Σ_k ν_k u_k, u_k = (x0 − z_k)/d_k, the smallest move out of all shields.
+    """Compute multipliers ν of the smallest move out of all shields, h = Σ_k ν_k u_k with u_k = (x0 − z_k)/d_k.
 
     Args:
         gram: (n, A, A) float64, u_k·u_l.
         distance: (n, A) float64.
         radius: (n, A) float64.
         valid: (n, A) bool, False marks padding.
-        directed: (n, A) bool, valid and d_k > 0. The others only say that ‖h‖ must reach r_k.
+        directed: (n, A) bool, valid and d_k > 0; the others only demand that ‖h‖ reaches r_k.
 
     Returns:
         (n, A) float64, non-negative. Where the normals oppose each other, Σ ν_k u_k alone does not leave all shields;
-        the rest has to be walked at a right angle to them (`escape_length`).
+        `way_out` adds a step at a right angle to them.
     """
     scale = torch.where(valid, radius, 0).amax(dim=1, keepdim=True)
     deepest = torch.where(valid, (radius - distance) / scale, 0).clamp(min=0).amax(dim=1, keepdim=True)
@@ -89,26 +89,28 @@ def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor,
     bound = deepest.square()  # leaving the deepest shield alone takes this much
     result = torch.zeros_like(distance)
     passive = directed & (excess > bound * slope)
-    left = torch.arange(len(distance), device=distance.device)  # rows whose bound still rises
+    open_rows = torch.arange(len(distance), device=distance.device)  # whose bound still rises
     for _ in range(_NEWTON_ROUNDS):
-        target = (excess[left] - bound[left] * slope[left]) * directed[left]
-        multipliers, passive[left] = non_negative_quadratic(gram[left], target, passive[left], directed[left])
-        result[left] = multipliers
-        energy = (multipliers * (gram[left] @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(dim=1)
-        gain = (multipliers * excess[left]).sum(dim=1) - energy / 2
-        ratio = gain / (0.5 + (multipliers * slope[left]).sum(dim=1))
-        rises = ratio > bound[left, 0] * (1 + 1e-12)
-        bound[left, 0] = torch.maximum(bound[left, 0], ratio)
-        left = left[rises]
-        if not len(left):
+        target = (excess[open_rows] - bound[open_rows] * slope[open_rows]) * directed[open_rows]
+        multipliers, passive[open_rows] = non_negative_quadratic(
+            gram[open_rows], target, passive[open_rows], directed[open_rows]
+        )
+        result[open_rows] = multipliers
+        energy = (multipliers * (gram[open_rows] @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(dim=1)
+        gain = (multipliers * excess[open_rows]).sum(dim=1) - energy / 2
+        ratio = gain / (0.5 + (multipliers * slope[open_rows]).sum(dim=1))
+        rises = ratio > bound[open_rows, 0] * (1 + 1e-12)
+        bound[open_rows, 0] = torch.maximum(bound[open_rows, 0], ratio)
+        open_rows = open_rows[rises]
+        if not len(open_rows):
             break
     return result * scale
 
 
 def stays_inside(gram: Tensor, multipliers: Tensor, distance: Tensor, radius: Tensor, valid: Tensor) -> Tensor:
-    """(n,) bool: images that Σ ν_k u_k does not lead out of all shields, or only far away.
+    """Find the images (n,) that Σ ν_k u_k leaves inside a shield, or leads out only far away.
 
-    In few dimensions half-spaces may meet far away; walking straight out takes at most two radii.
+    In low dimension half-spaces may meet far away, while a straight way out takes at most two radii.
     """
     inner = _times(gram, multipliers)
     energy = (multipliers * inner).sum(dim=1, keepdim=True)
@@ -118,7 +120,7 @@ def stays_inside(gram: Tensor, multipliers: Tensor, distance: Tensor, radius: Te
 
 
 def escape_length(along: Tensor, deficit: Tensor) -> Tensor:
-    """How far to walk along a unit vector v until every shield is left: max_k of the root of ‖y − z_k + t v‖ = r_k.
+    """Compute the step t along a unit vector v that leaves every shield: max_k of the root of ‖y − z_k + t v‖ = r_k.
 
     Args:
         along: (n, A) (y − z_k)·v.
@@ -136,9 +138,9 @@ def way_out(
     noise: Tensor,
     noise_length: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Out of the shields that Σ ν_k u_k does not leave: on from there, or straight from x0 where that is shorter.
+    """Lead out of the shields that Σ ν_k u_k does not leave, on from there or straight from x0, whichever is shorter.
 
-    The step is at a right angle to all normals, along what is left of the predicted noise.
+    The step is at a right angle to all normals, along the remaining component of the predicted noise.
 
     Args:
         gram: (n, A, A) float64, u_k·u_l; zero for shields without a direction.
@@ -150,21 +152,21 @@ def way_out(
         noise_length: (n,) ‖noise‖.
 
     Returns:
-        the whole move as coefficients (n, A) of the normals u_k and (n,) of the noise.
+        The whole move, as coefficients (n, A) of the normals u_k and (n,) of the noise.
     """
     ridge = 1e-9 * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     share = torch.linalg.solve(gram + ridge, noise.unsqueeze(-1)).squeeze(-1)
     crossing = noise - _times(gram, share)  # u_k · (noise − Σ share_l u_l)
     length = (noise_length.square() - (share * (noise + crossing)).sum(dim=1)).clamp(min=0).sqrt()
-    spanned = length < 1e-3 * noise_length  # as many shields as dimensions: any direction leads out in the end
+    spanned = length < 1e-3 * noise_length  # as many shields as dimensions, where any direction leads out in the end
     share = torch.where(spanned[:, None], 0, share)
     length = torch.where(spanned, noise_length, length)[:, None]
     along = torch.where(spanned[:, None], noise, crossing) / length
     inner = _times(gram, multipliers)
     energy = (multipliers * inner).sum(dim=1)
     beside = (multipliers * along).sum(dim=1)  # Σ ν_k u_k · direction
-    left = radius.square() - distance.square() - 2 * distance * inner - energy[:, None]
-    on = escape_length(distance * along + beside[:, None], torch.where(valid, left, 0))
+    remaining = radius.square() - distance.square() - 2 * distance * inner - energy[:, None]
+    on = escape_length(distance * along + beside[:, None], torch.where(valid, remaining, 0))
     straight = escape_length(distance * along, torch.where(valid, radius.square() - distance.square(), 0))
     shorter = energy + 2 * on * beside + on.square() <= straight.square()
     step = torch.where(shorter, on, straight) / length[:, 0]
@@ -175,23 +177,23 @@ def _times(gram: Tensor, vector: Tensor) -> Tensor:
     return (gram @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def separate(points: Tensor, radius: Tensor, together: Tensor, rounds: int = 12) -> tuple[Tensor, Tensor]:
-    """The smallest joint move that puts every pair of points at least its radius apart; both sides of a pair share it.
+def separate(points: Tensor, radius: Tensor, repels: Tensor, rounds: int = 12) -> tuple[Tensor, Tensor]:
+    """Compute the smallest joint move that puts every pair at least its radius apart; both sides of a pair share it.
 
-    Each round replaces the pairs' distance constraints by half-spaces at the points reached so far, which are
-    conservative, and solves for the smallest move from the start (sequential convex programming).
+    Each round replaces the distance constraints by conservative half-spaces at the points reached so far and solves
+    for the smallest move from the start (sequential convex programming).
 
     Args:
         points: (B, N) float64 coordinates, no two equal.
         radius: (B, B) distances to keep.
-        together: (B, B) bool, pairs that repel each other.
-        rounds: at most so many times pairs that came too close are added.
+        repels: (B, B) bool, pairs that repel each other.
+        rounds: how many times pairs that came too close are added, at most.
 
     Returns:
-        the move (B, N), and (B,) bool: rows that still have a pair that is too close.
+        The move (B, N), and (B,) bool: rows that still have a pair that is too close.
     """
     first, second = torch.triu_indices(len(points), len(points), 1, device=points.device)
-    pairs = together[first, second]
+    pairs = repels[first, second]
     first, second = first[pairs], second[pairs]
     radius = radius[first, second]
     move = torch.zeros_like(points)
@@ -203,7 +205,7 @@ def separate(points: Tensor, radius: Tensor, together: Tensor, rounds: int = 12)
         close = distance < radius * (1 - 1e-6)
         if attempt == rounds or not close.any():
             break
-        # The closest pairs first: leaving them usually frees the others, and the system stays small.
+        # The closest pairs first: separating them usually separates the others, and the system stays small.
         new = torch.where(close & ~chosen, distance, torch.inf)
         chosen = chosen | (new <= new.topk(min(256, len(new)), largest=False).values[-1]) & close
         i, j = first[chosen], second[chosen]

@@ -1,4 +1,4 @@
-"""What x0 is kept away from: a tensor, a protected set, finished images, or several of these at once."""
+"""References that x0 is kept away from, and the shields that a search among them finds active."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from shielded.core.distances import distances_of, squared_distances
 
 @dataclass
 class Hits:
-    """Active shields: image `query[p]` lies `distance[p]` from reference `row[p]`, inside its radius `radius[p]`."""
+    """Active shields: batch row `query[p]` lies `distance[p]` from reference `row[p]`, within its `radius[p]`.
 
-    query: Tensor  # (P,) int64, ascending
-    row: Tensor  # (P,) int64
-    distance: Tensor  # (P,) float64
-    radius: Tensor  # (P,) float64
+    Args:
+        query: (P,) int64, index into the batch, ascending.
+        row: (P,) int64, index into the references.
+        distance: (P,) float64, L2.
+        radius: (P,) float64, L2.
+    """
+
+    query: Tensor
+    row: Tensor
+    distance: Tensor
+    radius: Tensor
 
     def __len__(self) -> int:
         return len(self.query)
@@ -30,12 +37,12 @@ class Hits:
 
 @dataclass
 class Scan:
-    """The first half of a search, which leaves everything on the device.
+    """The first half of a search, which keeps everything on the device.
 
     Args:
-        some: () bool: whether a shield may be active. Reading it is the only thing that the host has to wait for in a
-            step in which none is.
-        hits: the second half: the active shields.
+        some: () bool, whether a shield may be active. In a step without an active shield, reading it is the only thing
+            that the host waits for.
+        hits: runs the second half and returns the active shields.
     """
 
     some: Tensor
@@ -43,15 +50,25 @@ class Scan:
 
 
 class References(Protocol):
-    """What x0 is kept away from. `shrink` (B,) shortens the squared radii per image (posterior radius)."""
+    """Points that x0 is kept away from, each with a radius."""
 
-    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan: ...
+    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
+        """Search for the active shields of x0 (B, D); `shrink` (B,) is subtracted from each row's squared radii."""
+        ...
 
-    def vectors(self, rows: Tensor) -> Tensor: ...
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the references `rows` (P,) as (P, D) float32."""
+        ...
 
 
 class TensorReferences:
-    """References held as one tensor (K, D) with a radius each; only the `nearest` ones of each image, if given."""
+    """References in one tensor.
+
+    Args:
+        vectors: (K, D).
+        radius: L2, one number or (K,).
+        nearest: only so many references of each batch row, the nearest ones; None: all.
+    """
 
     def __init__(self, vectors: Tensor, radius: float | Tensor, nearest: int | None = None) -> None:
         self._vectors = vectors.float()
@@ -69,8 +86,8 @@ class TensorReferences:
         squared, error = squared_distances(x0, self._vectors)
         near = squared - error < limit.square()
         if self._nearest is not None and self._nearest < len(self._vectors):
-            few = squared.topk(self._nearest, largest=False).indices
-            near &= torch.zeros_like(near).scatter(1, few, True)
+            nearest = squared.topk(self._nearest, largest=False).indices
+            near &= torch.zeros_like(near).scatter(1, nearest, True)
 
         def hits() -> Hits:
             query, row = torch.nonzero(near, as_tuple=True)
@@ -82,7 +99,12 @@ class TensorReferences:
 
 
 class Joined:
-    """Several sets of references as one; rows of the second follow those of the first."""
+    """Several sets of references as one; the rows of each follow those of the one before.
+
+    Args:
+        parts: sets of references.
+        sizes: number of rows of each.
+    """
 
     def __init__(self, parts: Sequence[References], sizes: Sequence[int]) -> None:
         self._parts = parts
@@ -91,8 +113,8 @@ class Joined:
     def vectors(self, rows: Tensor) -> Tensor:
         parts = []
         for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
-            own = (rows >= start) & (rows < end)
-            parts.append((own.nonzero().flatten(), part.vectors(rows[own] - start)))
+            inside = (rows >= start) & (rows < end)
+            parts.append((inside.nonzero().flatten(), part.vectors(rows[inside] - start)))
         joined = torch.cat([vectors for _, vectors in parts])
         result = torch.empty_like(joined)
         result[torch.cat([index for index, _ in parts])] = joined
@@ -112,17 +134,17 @@ class Joined:
 
 
 def rank_within_query(hits: Hits) -> Tensor:
-    """0, 1, 2, ... for the hits of each image."""
+    """Number the hits of each batch row: 0, 1, 2, ... (P,)"""
     return torch.arange(len(hits), device=hits.query.device) - torch.searchsorted(hits.query, hits.query)
 
 
 def closest(hits: Hits, k: int) -> Hits:
-    """The k nearest hits of each image."""
+    """Keep the k nearest hits of each batch row."""
     return _first(hits, hits.distance, k)
 
 
 def deepest(hits: Hits, k: int) -> Hits:
-    """The k hits of each image that are farthest inside their shields."""
+    """Keep the k hits of each batch row that lie deepest inside their shields."""
     return _first(hits, hits.distance - hits.radius, k)
 
 
@@ -135,7 +157,7 @@ def _first(hits: Hits, key: Tensor, k: int) -> Hits:
 
 
 def unknown(found: Hits, known: Hits) -> Hits:
-    """What was found and is not known yet."""
+    """Drop the hits that are known already."""
     if not (len(found) and len(known)):
         return found
     stride = int(max(found.row.max(), known.row.max())) + 1
@@ -143,7 +165,7 @@ def unknown(found: Hits, known: Hits) -> Hits:
 
 
 def merge(old: Hits, new: Hits) -> Hits:
-    """Both together, in order of the images."""
+    """Concatenate two sets of hits, in order of the batch rows."""
     if not len(old):
         return new
     names = ("query", "row", "distance", "radius")
