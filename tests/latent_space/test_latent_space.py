@@ -1,3 +1,4 @@
+import hashlib
 import json
 import types
 import warnings
@@ -472,3 +473,17 @@ def test_refuses_what_it_does_not_understand():
     offloaded.vae.to("meta")
     with pytest.raises(ValueError, match="offloaded"):
         LatentSpace.of(offloaded)
+
+
+def test_weights_are_hashed_once_until_they_change(monkeypatch):
+    pipe = stable_diffusion(kl())
+    first = LatentSpace.of(pipe).vae_sha256
+    hashed = []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda *data: hashed.append(1) or sha256(*data))
+    assert LatentSpace.of(pipe).vae_sha256 == first
+    assert not hashed
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(2)
+    assert LatentSpace.of(pipe).vae_sha256 != first
+    assert hashed == [1]

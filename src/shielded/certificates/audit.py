@@ -19,7 +19,7 @@ LOG = "audit.jsonl"  # beside the images of a run
 
 
 class AuditLog:
-    """A log that is being written. Lines are on disk when `append` returns.
+    """A log that is being written; a line is in the file when `append` returns.
 
     Args:
         path: a new file.
@@ -49,7 +49,7 @@ class AuditLog:
         self._lines += 1
 
     def close(self) -> None:
-        """Add the line that says that nothing is missing at the end."""
+        """Add the line that marks a complete log."""
         self.append("end", lines=self._lines)
 
 

@@ -1,4 +1,4 @@
-"""How far a finished image is from its nearest protected image, measured exactly, and the record of it.
+"""The distance of a finished image from its nearest protected image, measured exactly, and its record.
 
 A certificate is evidence that anyone with the protected set can compute again, not a signature: whoever can write the
 image can write a certificate. `shielded.certificates.verification` computes it again and compares.
@@ -28,8 +28,8 @@ PNG_KEY = "shielded"  # keyword of the PNG text chunk
 class Certificate:
     """The evidence for one image. Distances are L2 in the latent space of the protected set.
 
-    What it says is that the image's latents lie so far from the nearest protected latents, no more: a picture outside
-    every shield can still resemble a protected one in ways that this distance does not measure.
+    It states how far the image's latents lie from the nearest protected latents, no more: a picture outside every
+    shield can still resemble a protected one in ways that this distance does not measure.
 
     Args:
         image: file name.
@@ -46,10 +46,10 @@ class Certificate:
         pixels_sha256: of size and RGB pixels alone, so that it holds for the same picture in another file.
         decoded_id: the protected image that the picture's pixels, encoded again, are nearest to. None: not measured.
         decoded_distance: from there to the encoded picture.
-        repair: "restart" or "push" if that is what brought the image out of a shield.
-        prompt: what the image was made from.
-        seed: likewise.
-        model: likewise.
+        repair: "restart" or "push" if that brought the image out of a shield.
+        prompt: the text that the image was made from.
+        seed: of its initial noise.
+        model: the name of the model.
         settings: of Spell and of the sampler.
         package_version: of shielded.
     """
@@ -89,7 +89,11 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
-        """Raises ValueError if the text is not a certificate; fields of later versions of this package are left out."""
+        """Read the JSON of a certificate; fields of later versions of this package are left out.
+
+        Raises:
+            ValueError: the text is not a certificate.
+        """
         known = {f.name for f in fields(cls)}
         try:
             content = json.loads(text)
@@ -105,7 +109,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Measured:
-    """Where one latent lies.
+    """The position of one latent among the protected images.
 
     Args:
         id: the nearest protected image.
@@ -136,15 +140,16 @@ def measure(latents: Tensor, protected: ProtectedSet, radius: float | Tensor | N
     radii = protected.radii if radius is None else torch.as_tensor(radius, dtype=torch.float64).expand(len(protected))
     distances, rows = protected.nearest_rows(latents, 1)
     hits = protected.within(latents, radius)
-    deepest: dict[int, tuple[float, int]] = {}
+    nearest_hit: dict[int, tuple[float, int]] = {}
     for query, row, distance in zip(hits.query.tolist(), hits.row.tolist(), hits.distance.tolist(), strict=True):
-        deepest[query] = min(deepest.get(query, (float("inf"), row)), (distance, row))
+        nearest_hit[query] = min(nearest_hit.get(query, (distance, row)), (distance, row))
 
     def at(row: int, distance: float) -> tuple[str, float, float]:
         return str(protected.ids[row]), distance, float(radii[row])
 
+    leak = {query: at(row, distance) for query, (distance, row) in nearest_hit.items()}
     return [
-        Measured(*at(row, distance), leak=at(*deepest[i][::-1]) if i in deepest else None)
+        Measured(*at(row, distance), leak=leak.get(i))
         for i, (row, distance) in enumerate(zip(rows[:, 0].tolist(), distances[:, 0].tolist(), strict=True))
     ]
 
@@ -202,7 +207,7 @@ def certify(
 
 
 def leaks(certificates: list[Certificate]) -> int:
-    """How many of the images lie inside a shield."""
+    """Count the images that lie inside a shield."""
     return sum(certificate.inside for certificate in certificates)
 
 
@@ -210,7 +215,7 @@ def leaks(certificates: list[Certificate]) -> int:
 
 
 def beside(file: Path) -> Path:
-    """Where the certificate of an image file lies: image.png has image.json."""
+    """Return the path of an image file's certificate: image.json beside image.png."""
     return file.with_suffix(".json")
 
 
@@ -235,16 +240,16 @@ def attach_certificate(file: Path, certificate: Certificate) -> Certificate:
 
 
 def pixels_sha256(image: Image.Image) -> str:
-    """SHA-256 of width, height and the RGB pixels."""
+    """Compute the SHA-256 of width, height and the RGB pixels."""
     picture = to_rgb(image)
     return sha256(f"{picture.width}x{picture.height} RGB\n".encode() + picture.tobytes())
 
 
 def history_sha256(protected: ProtectedSet) -> str:
-    """SHA-256 of what happened to a set up to its version."""
+    """Compute the SHA-256 of a set's history up to its version."""
     return sha256(json.dumps(protected.history, sort_keys=True).encode())
 
 
 def certificate_sha256(certificate: Certificate) -> str:
-    """SHA-256 of what a certificate says, the same for the copies beside a file and inside it."""
+    """Compute the SHA-256 of a certificate's content, the same for the copies beside a file and inside it."""
     return sha256(json.dumps(asdict(replace(certificate, sha256=None)), sort_keys=True).encode())

@@ -1,6 +1,6 @@
-"""Images measured again, against a protected set and against what their own certificates say.
+"""Measure images again, against a protected set and against the claims of their certificates.
 
-What can be computed again from a file is: digests, the distance of the encoded picture, which set and version. The
+A file is enough to compute again its digests, the distance of the encoded picture, which set and version. The
 distance of the sampler's finished latents cannot, since the file does not hold them; generating again from the prompt,
 seed, model and settings in the certificate gives them, and the run's audit log shows whether the certificate is the one
 that was written.
@@ -36,7 +36,7 @@ TOLERANCE = 0.01  # of the radius: what other hardware or precision may make of 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found out about one image file.
+    """The result for one image file.
 
     Args:
         image: path.
@@ -46,7 +46,7 @@ class Verified:
         radius: of its shield.
         inside: whether the encoded picture lies inside a shield.
         certified: whether the file has a certificate, beside it or inside.
-        problems: what does not hold of its certificate, a sentence each.
+        problems: a sentence for each claim of its certificate that does not hold.
     """
 
     image: str
@@ -79,7 +79,7 @@ def verify_images(
     Raises:
         ValueError: there is no radius to measure with.
     """
-    papers = [_Papers(file) for file, _ in loaded]
+    papers = [_Certificates(file) for file, _ in loaded]
     decoded = space.encode([image for _, image in loaded])
     logs = {
         folder: read_log(folder / LOG) for folder in {file.parent for file, _ in loaded} if (folder / LOG).is_file()
@@ -98,8 +98,8 @@ def verify_images(
     return results, {str(folder / LOG): problems for folder, (_, problems) in logs.items()}
 
 
-class _Papers:
-    """The certificates of an image file: beside it, inside it, what they claim (each once), and which is unreadable."""
+class _Certificates:
+    """The certificates of an image file: the one beside it, the one inside it, and what is wrong with their text."""
 
     def __init__(self, file: Path) -> None:
         with Image.open(file) as image:
@@ -121,7 +121,7 @@ class _Papers:
 
 
 def _radius(
-    radius: float | None, protected: ProtectedSet, paper: _Papers, records: list[dict[str, Any]], file: Path
+    radius: float | None, protected: ProtectedSet, paper: _Certificates, records: list[dict[str, Any]], file: Path
 ) -> float | None:
     if radius is not None or not protected.radii.isnan().any():
         return radius
@@ -132,8 +132,8 @@ def _radius(
     return known[0]
 
 
-def _disagreements(file: Path, image: Image.Image, paper: _Papers) -> list[str]:
-    """Between the file, the certificate beside it and the one inside it."""
+def _disagreements(file: Path, image: Image.Image, paper: _Certificates) -> list[str]:
+    """List contradictions between the file, the certificate beside it and the one inside it."""
     problems = []
     outer, inner = paper.outer, paper.inner
     if outer is not None and outer.sha256 != file_sha256(file) and outer.pixels_sha256 == pixels_sha256(image):
@@ -147,8 +147,8 @@ def _disagreements(file: Path, image: Image.Image, paper: _Papers) -> list[str]:
     return problems
 
 
-def _unlogged(file: Path, paper: _Papers, records: list[dict[str, Any]]) -> list[str]:
-    """What the run's audit log says otherwise."""
+def _unlogged(file: Path, paper: _Certificates, records: list[dict[str, Any]]) -> list[str]:
+    """List contradictions between the certificates and the run's audit log."""
     entry = next((r for r in records if r.get("event") == "certified" and r.get("image") == file.name), None)
     if entry is None:
         return ["the audit log beside it does not list it"] if records and paper.claims else []
@@ -167,7 +167,7 @@ def _refuted(
     decoded: Tensor,
     opened: dict[int, Any],
 ) -> list[str]:
-    """What of a certificate does not hold for this picture and this set; `opened` keeps earlier versions of the set."""
+    """List the claims that do not hold for this picture and set; `opened` caches earlier versions of the set."""
     problems = []
     if claim.pixels_sha256 != pixels_sha256(image):
         problems.append("the picture was edited after it was certified: its pixels are others")

@@ -1,19 +1,23 @@
-"""What the pipelines of diffusers do between pixels and the latents that their samplers see, in one table."""
+"""A table of what diffusers pipelines do between pixels and the latents that their samplers see.
+
+Autoencoders and denoisers are typed `Any`: their `config` and methods depend on the class.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Family(NamedTuple):
-    """The pipelines that share one class of denoiser.
+    """What the pipelines of one class of denoiser have in common.
 
     Images are multiples of `patch` times the autoencoder's factor. Samplers see latents (B, C, H, W), videos
     (B, C, F, H, W), or, where they are packed, tokens of patch × patch latents each: (B, tokens, C · patch²).
@@ -52,8 +56,8 @@ AUTOENCODERS = {  # by class, whether it works on videos; Qwen-Image's takes ima
 _EXCEPTIONS = {"LTXImageToVideoPipeline": "its sampler does not see the first frame"}
 
 
-def parts(pipe: Any) -> tuple[nn.Module, nn.Module, Family]:
-    """The autoencoder, the denoiser and the family of a pipeline, without the wrappers of torch.compile.
+def parts(pipe: Any) -> tuple[Any, Any, Family]:
+    """Return the autoencoder, the denoiser and the family of a pipeline, without the wrappers of torch.compile.
 
     Raises:
         TypeError: if the pipeline is of a kind that is not supported.
@@ -74,8 +78,8 @@ def parts(pipe: Any) -> tuple[nn.Module, nn.Module, Family]:
     return vae, denoiser, FAMILIES[type(denoiser).__name__]
 
 
-def default_size(pipe: Any, vae: nn.Module, denoiser: nn.Module) -> tuple[int, int]:
-    """Height and width in pixels of what the pipeline makes when it is not told."""
+def default_size(pipe: Any, vae: Any, denoiser: Any) -> tuple[int, int]:
+    """Return the default height and width of a pipeline's images, in pixels."""
     given = inspect.signature(type(pipe).__call__).parameters
     if "height" in given and given["height"].default is not None:
         return given["height"].default, given["width"].default
@@ -87,30 +91,30 @@ def default_size(pipe: Any, vae: nn.Module, denoiser: nn.Module) -> tuple[int, i
 
 
 def default_num_frames(pipe: Any) -> int:
-    """Frames of what the pipeline makes when it is not told; Wan's 81 where it goes by the video that it is given."""
+    """Return the default number of frames of a pipeline, or Wan's 81 where the given video decides."""
     given = inspect.signature(type(pipe).__call__).parameters
     return given["num_frames"].default if "num_frames" in given else 81
 
 
-def spatial_factor(vae: nn.Module) -> int:
-    """Pixels per latent, on each side."""
+def spatial_factor(vae: Any) -> int:
+    """Return the number of pixels per latent, on each side."""
     return getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def temporal_factor(vae: nn.Module) -> int:
-    """Frames per latent frame, apart from the first."""
+def temporal_factor(vae: Any) -> int:
+    """Return the number of frames per latent frame, apart from the first."""
     return getattr(vae, "temporal_compression_ratio", None) or vae.config.scale_factor_temporal
 
 
-def grid(vae: nn.Module, size: tuple[int, int], num_frames: int | None) -> tuple[int, ...]:
-    """Shape (C, H, W) of the latent of an image, (C, F, H, W) of a video, before it is packed."""
+def grid(vae: Any, size: tuple[int, int], num_frames: int | None) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of the latent of an image, (C, F, H, W) of a video, before it is packed."""
     channels = vae.config.get("latent_channels") or vae.config.z_dim
     frames = () if num_frames is None else ((num_frames - 1) // temporal_factor(vae) + 1,)
     return channels, *frames, *(side // spatial_factor(vae) for side in size)
 
 
-def statistics(vae: nn.Module, patch: int | None) -> dict[str, Any]:
-    """How latents are normalised: `scaling` with `shift`, or with `mean` and `std` per channel that the sampler sees.
+def statistics(vae: Any, patch: int | None) -> dict[str, Any]:
+    """Read how latents are normalised: `scaling` with `shift`, or with `mean` and `std` per channel of the sampler.
 
     Args:
         vae: the autoencoder.
@@ -129,8 +133,8 @@ def statistics(vae: nn.Module, patch: int | None) -> dict[str, Any]:
     return {"scaling": scaling, "mean": tuple(mean), "std": tuple(std)}
 
 
-def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Mode (B, C, [F,] h, w) of the encoder's distribution for pixels (B, 3, [F,] height, width)."""
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode pixels (B, 3, [F,] height, width) as the mode (B, C, [F,] h, w) of the encoder's distribution."""
     image = AUTOENCODERS.get(type(vae).__name__, False) and pixels.ndim == 4
     output = vae.encode(pixels.unsqueeze(2) if image else pixels)
     if hasattr(output, "latent_dist"):
@@ -140,8 +144,8 @@ def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
     return z.squeeze(2) if image else z
 
 
-def decode(vae: nn.Module, z: Tensor) -> Tensor:
-    """Pixels (B, 3, [F,] height, width) of latents (B, C, [F,] h, w)."""
+def decode(vae: Any, z: Tensor) -> Tensor:
+    """Decode latents (B, C, [F,] h, w) to pixels (B, 3, [F,] height, width)."""
     name = type(vae).__name__
     image = AUTOENCODERS.get(name, False) and z.ndim == 4
     # Newer decoders of LTX denoise too; the pipeline's default is time 0.
@@ -152,7 +156,7 @@ def decode(vae: nn.Module, z: Tensor) -> Tensor:
 
 
 def pack(z: Tensor, patch: int) -> Tensor:
-    """(B, C, [F,] H, W) as tokens (B, F · H/patch · W/patch, C · patch²), in the order of FLUX, Qwen-Image and LTX."""
+    """Pack (B, C, [F,] H, W) as tokens (B, F · H/patch · W/patch, C · patch²), as FLUX, Qwen-Image and LTX do."""
     if z.ndim == 4:
         z = z.unsqueeze(2)
     b, c, f, h, w = z.shape
@@ -161,32 +165,46 @@ def pack(z: Tensor, patch: int) -> Tensor:
 
 
 def unpack(tokens: Tensor, patch: int, shape: tuple[int, ...]) -> Tensor:
-    """Undoes `pack`; shape is that of one latent, (C, [F,] H, W)."""
+    """Undo `pack`; shape is that of one latent, (C, [F,] H, W)."""
     c, h, w = shape[0], *shape[-2:]
     z = tokens.reshape(len(tokens), -1, h // patch, w // patch, c, patch, patch).permute(0, 4, 1, 2, 5, 3, 6)
     return z.reshape(len(tokens), *shape)
 
 
-def encoder_sha256(vae: nn.Module) -> str:
-    """Digest of all weights on the way from image to latent, as float16: float32 and float16 loads agree.
+def encoder_sha256(vae: Any) -> str:
+    """Compute the digest of all weights from image to latent, as float16, so that float32 and float16 loads agree.
+
+    It is remembered for a module until one of its weights is replaced or changed in place.
 
     Raises:
-        ValueError: if the weights are not at hand.
+        ValueError: if the weights are offloaded.
     """
+    weights = {
+        f"{part}.{name}": value
+        for part in ("encoder", "quant_conv")
+        if getattr(vae, part, None) is not None
+        for name, value in sorted(getattr(vae, part).state_dict().items())
+    }
+    if any(value.is_meta for value in weights.values()):
+        raise ValueError("The VAE's weights are offloaded; read the latent space before switching that on.")
+    state = tuple((name, value.data_ptr(), value._version, value.dtype) for name, value in weights.items())
+    known = _digests.get(vae)
+    if known is not None and known[0] == state:
+        return known[1]
     digest = hashlib.sha256()
-    for part in ("encoder", "quant_conv"):
-        module = getattr(vae, part, None)
-        for name, value in sorted(module.state_dict().items()) if module is not None else ():
-            if value.is_meta:
-                raise ValueError("The VAE's weights are offloaded; read the latent space before switching that on.")
-            digest.update(f"{part}.{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+    for name, value in weights.items():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+    _digests[vae] = state, digest.hexdigest()
     return digest.hexdigest()
 
 
+_digests: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()  # by autoencoder
+
+
 @contextmanager
-def ready(vae: nn.Module) -> Iterator[tuple[torch.device, torch.dtype]]:
-    """The device and dtype for inputs; an autoencoder that overflows in float16 is in float32 meanwhile."""
+def ready(vae: Any) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """Yield the device and dtype for inputs; an autoencoder that overflows in float16 is in float32 meanwhile."""
     # Accelerate's offloading moves the module to another device when it is called.
     device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)

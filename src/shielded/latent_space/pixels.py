@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB; what is transparent becomes white, 16-bit grey values are scaled to 8 bits.
+    """Convert an image to RGB: transparency over white, 16-bit grey values scaled to 8 bits.
 
     Raises:
         ValueError: for images of 32-bit numbers, whose range is unknown.
@@ -29,7 +29,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """An image of any size and mode as a tensor (3, height, width) in [-1, 1]: short side resized, centre cut out."""
+    """Bring an image to a tensor (3, height, width) in [-1, 1]: short side resized, centre cropped."""
     height, width = size
     image = ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
@@ -38,27 +38,26 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
 def clip_to_pixels(
     item: Image.Image | Sequence[Image.Image], size: tuple[int, int], num_frames: int | None = None
 ) -> Tensor:
-    """An image as (3, height, width); for videos the frames as (3, num_frames, height, width), an image shown still."""
-    if num_frames is None:
-        return to_pixels(item, size)
+    """Bring an image to (3, height, width), or frames, or a still image, to (3, num_frames, height, width)."""
     if isinstance(item, Image.Image):
-        return still(to_pixels(item, size), num_frames)
+        pixels = to_pixels(item, size)
+        return pixels if num_frames is None else still(pixels, num_frames)
     return torch.stack([to_pixels(frame, size) for frame in item], dim=1)
 
 
 def still(pixels: Tensor, num_frames: int) -> Tensor:
-    """(..., 3, height, width) shown for num_frames frames: (..., 3, num_frames, height, width)."""
+    """Repeat (..., 3, height, width) as a video (..., 3, num_frames, height, width)."""
     return pixels.unsqueeze(-3).expand(*pixels.shape[:-2], num_frames, *pixels.shape[-2:])
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (N, 3, height, width) in [-1, 1] as N images."""
+    """Convert pixels (N, 3, height, width) in [-1, 1] to N images."""
     array = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(picture) for picture in array]
 
 
 def check_pixels(pixels: Tensor, size: tuple[int, int], num_frames: int | None = None) -> Tensor:
-    """The tensor itself; for videos, stills (B, 3, height, width) come back as (B, 3, num_frames, height, width).
+    """Return the tensor; for videos, stills (B, 3, height, width) become (B, 3, num_frames, height, width).
 
     Raises:
         ValueError: another shape, integers, or values outside [-1, 1].
@@ -80,7 +79,7 @@ def check_pixels(pixels: Tensor, size: tuple[int, int], num_frames: int | None =
 
 
 def check_images(images: Any, num_frames: int | None = None) -> list[Any]:
-    """The images as a list; for videos, each is an image or num_frames of them.
+    """Return the images as a list; for videos, each is an image or num_frames of them.
 
     Raises:
         TypeError: something else than PIL images.

@@ -18,7 +18,7 @@ from shielded.latent_space.pixels import check_images, check_pixels, clip_to_pix
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """A latent space as a sampler sees it, with the encoder that leads into it.
+    """A latent space as a sampler sees it, with its encoder.
 
     Distances only mean something between latents of one space, so whatever is stored carries the `fingerprint` of
     the space it was made for. `LatentSpace(shape)` describes a space by its shape alone; `LatentSpace.of(pipe)` reads
@@ -65,7 +65,7 @@ class LatentSpace:
     def of(
         cls, pipe: Any, height: int | None = None, width: int | None = None, num_frames: int | None = None
     ) -> LatentSpace:
-        """Reads the latent space off a diffusers pipeline.
+        """Read the latent space off a diffusers pipeline.
 
         Supported are the pipelines of Stable Diffusion 1, 2, XL and 3, DiT, PixArt, Sana, Z-Image, FLUX.1, FLUX.2 and
         Qwen-Image, and of the video models Wan and LTX, including image to image, inpainting and ControlNet.
@@ -130,17 +130,18 @@ class LatentSpace:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the autoencoder, in JSON types; `from_json` reads it back."""
+        """Return everything but the autoencoder, in JSON types; `from_json` reads it back."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vae"}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LatentSpace:
-        """The space that `to_json` described. It has no autoencoder and so cannot encode."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        """Make the space that `to_json` described. It has no autoencoder, so it cannot encode."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def require_same(self, other: LatentSpace) -> None:
-        """Refuses a space whose latents cannot be compared with those of this one: another shape or another encoder.
+        """Refuse a space whose latents cannot be compared with those of this one: another shape or another encoder.
 
         Args:
             other: the space to compare with.
@@ -183,7 +184,7 @@ class LatentSpace:
 
     @torch.no_grad()
     def encode(self, images: Sequence[Any] | Tensor, batch_size: int = 16) -> Tensor:
-        """Encodes images into the latents that a sampler would have to produce for them.
+        """Encode images into the latents that a sampler would have to produce for them.
 
         Args:
             images: PIL images, which are brought to `image_size` (alpha over white, short side resized, centre cut
@@ -199,9 +200,9 @@ class LatentSpace:
             TypeError: if `images` is something else.
             ValueError: if the space has no autoencoder, or size or range of a tensor or a number of frames are wrong.
         """
-        vae = self._require_vae()
+        vae, image_size = self._require_vae()
         if isinstance(images, Tensor):
-            images = check_pixels(images, self.image_size, self.num_frames)
+            images = check_pixels(images, image_size, self.num_frames)
         else:
             images = check_images(images, self.num_frames)
         mean, scale = self._normalisation()
@@ -210,14 +211,14 @@ class LatentSpace:
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]
                 if not isinstance(batch, Tensor):
-                    batch = torch.stack([clip_to_pixels(item, self.image_size, self.num_frames) for item in batch])
+                    batch = torch.stack([clip_to_pixels(item, image_size, self.num_frames) for item in batch])
                 z = families.encode(vae, batch.to(device, dtype)).float().cpu()
                 latents.append(((z if self.patch is None else families.pack(z, self.patch)) - mean) * scale)
         return torch.cat(latents)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> list[Any]:
-        """Decodes latents of the sampler.
+        """Decode latents of the sampler.
 
         Args:
             latents: (B, *shape), any device.
@@ -229,7 +230,7 @@ class LatentSpace:
         Raises:
             ValueError: if the space has no autoencoder or the shape is wrong.
         """
-        vae = self._require_vae()
+        vae, image_size = self._require_vae()
         if tuple(latents.shape[1:]) != self.shape:
             raise ValueError(
                 f"latents must have the shape (B, {', '.join(map(str, self.shape))}); got {tuple(latents.shape)}."
@@ -240,22 +241,22 @@ class LatentSpace:
             for batch in latents.split(batch_size):
                 z = batch.detach().float().cpu() / scale + mean
                 if self.patch is not None:
-                    z = families.unpack(z, self.patch, families.grid(vae, self.image_size, self.num_frames))
+                    z = families.unpack(z, self.patch, families.grid(vae, image_size, self.num_frames))
                 pixels = families.decode(vae, z.to(device, dtype)).float().cpu()
                 images += [to_pil(clip) for clip in pixels.transpose(1, 2)] if pixels.ndim == 5 else to_pil(pixels)
         return images
 
     def _normalisation(self) -> tuple[Tensor | float, Tensor | float]:
-        """(mean, scale) with latent = (z - mean) * scale."""
-        if self.mean is None:
+        """Return (mean, scale) with latent = (z - mean) * scale."""
+        if self.mean is None or self.std is None:
             return self.shift, self.scaling
         channels = (-1,) if self.patch is not None else (-1, *[1] * (len(self.shape) - 1))
         return torch.tensor(self.mean).view(channels), self.scaling / torch.tensor(self.std).view(channels)
 
-    def _require_vae(self) -> nn.Module:
+    def _require_vae(self) -> tuple[nn.Module, tuple[int, int]]:
         if self.vae is None or self.image_size is None:
             raise ValueError("This latent space has no autoencoder; LatentSpace.of(pipe) gives one that can encode.")
-        return self.vae
+        return self.vae, self.image_size
 
 
 def _refuse(differences: list[str]) -> None:

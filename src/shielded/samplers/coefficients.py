@@ -36,12 +36,12 @@ class State(NamedTuple):
 class Family(NamedTuple):
     """One way to turn model outputs into x0, and the config options that make `step` bound x0 afterwards."""
 
-    state: Callable[[Any, Any, int | None], State]  # (scheduler, timestep, index) -> State
+    state: Callable[[Any, Any, Any], State]  # (scheduler, timestep, index, None where not counted) -> State
     bounds: tuple[str, ...] = ()
 
 
 def x0_coefficients(scheduler: Any, timestep: Any) -> tuple[float, float]:
-    """The two numbers that turn a model output into the predicted clean sample x0.
+    """Compute the two numbers that turn a model output into the predicted clean sample x0.
 
     `x0 = a * sample + b * model_output`, before the scheduler clips or thresholds it. `sample` is what `scheduler.step`
     gets, which is not scaled by `scale_model_input`. The scheduler is only read, never changed.
@@ -63,7 +63,7 @@ def x0_coefficients(scheduler: Any, timestep: Any) -> tuple[float, float]:
 
 
 def step_state(scheduler: Any, timestep: Any, index: int | None = None) -> State:
-    """Coefficients and noise level of the state that the model has just seen.
+    """Compute the coefficients and the noise level of the state that the model has just seen.
 
     Args:
         scheduler: a diffusers scheduler.
@@ -82,7 +82,7 @@ def step_state(scheduler: Any, timestep: Any, index: int | None = None) -> State
 
 
 def bounded_x0(scheduler: Any, x0: Tensor) -> Tensor:
-    """The x0 (B, *S) that the scheduler goes on with: clipped or dynamically thresholded as its config says.
+    """Bound x0 (B, *S) as the scheduler will: clipped or dynamically thresholded as its config says.
 
     Dynamic thresholding is of Saharia et al., Imagen, 2022.
     """
@@ -99,7 +99,7 @@ def bounded_x0(scheduler: Any, x0: Tensor) -> Tensor:
 
 
 def family_of(scheduler: Any) -> Family:
-    """The row of the table for a scheduler; subclasses use the row of the class they extend.
+    """Look up the row of the table for a scheduler; subclasses use the row of the class they extend.
 
     Raises:
         TypeError: the class is unknown or refused; says why and what to use instead.
@@ -120,7 +120,7 @@ def family_of(scheduler: Any) -> Family:
 
 
 def last_index(scheduler: Any) -> int:
-    """Index of the last entry of `scheduler.timesteps` at which the model is evaluated."""
+    """Find the index of the last entry of `scheduler.timesteps` at which the model is evaluated."""
     count = len(scheduler.timesteps)
     state = family_of(scheduler).state
     if state is _wuerstchen:  # its last timestep is the clean end, which is never passed to step
@@ -131,7 +131,7 @@ def last_index(scheduler: Any) -> int:
 
 
 def position_of(scheduler: Any, timestep: Any, previous: int = -1) -> int | None:
-    """Index in `scheduler.timesteps` of the step about to be taken.
+    """Find the index in `scheduler.timesteps` of the step about to be taken.
 
     Args:
         scheduler: a diffusers scheduler.

@@ -1,4 +1,4 @@
-"""Denoisers D(x; sigma) -> x0, as k-diffusion and EDM2 sample with: wrap one, sample as before."""
+"""Wrappers of denoisers D(x; sigma) -> x0, with which k-diffusion and EDM2 sample as before."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RepelledDenoiser(_Wrapper):
         self.spell = spell
 
     def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
-        """The corrected x0.
+        """Predict x0 and correct it.
 
         Args:
             x: (B, *S) noisy samples.
@@ -84,7 +84,7 @@ class Guided(_Wrapper):
         self.guidance = guidance
 
     def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
-        """The guided x0 (B, *S) in the dtype of net."""
+        """Predict the guided x0 (B, *S), in the dtype of net."""
         x0 = self.denoiser(x, sigma, *args, **kwargs)
         if self.guidance == 1:
             return x0

@@ -1,4 +1,4 @@
-"""diffusers: correct x0 inside `scheduler.step`, for any pipeline and without a fork of it."""
+"""Correct x0 inside `scheduler.step` of diffusers, for any pipeline and without a fork of it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ class Correction(Protocol):
     """What `attach` needs of a Spell."""
 
     def __call__(self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool) -> Tensor:
-        """The correction (B, *S) in float32, already multiplied by its strength, for x0 (B, *S) in float32."""
+        """Compute the correction (B, *S) in float32, already multiplied by its strength, for x0 (B, *S) in float32."""
+        ...
 
     def start(self) -> None:
-        """A new trajectory begins."""
+        """Begin a new trajectory."""
 
     def finish(self, latents: Tensor) -> Tensor | None:
-        """A trajectory came to its end with these latents (B, *S), as the scheduler returned them.
+        """End a trajectory with these latents (B, *S), as the scheduler returned them.
 
         Returns:
-            What the pipeline goes on with in their place; the same tensor, or None, leaves everything as it is.
+            The latents that the pipeline goes on with; the same tensor, or None, changes nothing.
         """
+        ...
 
 
 @contextlib.contextmanager
@@ -109,12 +111,12 @@ def _corrected_step(run: _Run) -> Any:
             result = _with_sample(result, run.correct.finish(result[0]))
         return result
 
-    step.attached_to = run.scheduler
+    vars(step)["attached_to"] = run.scheduler
     return step
 
 
 class _Run:
-    """Where in its trajectory the attached scheduler is."""
+    """The position of the attached scheduler in its trajectory."""
 
     def __init__(self, scheduler: Any, correct: Correction) -> None:
         self.scheduler = scheduler
@@ -124,7 +126,7 @@ class _Run:
         self.position = self.last = -1
 
     def advance(self, timestep: Any) -> int | None:
-        """Position of the step about to be taken; announces a new trajectory."""
+        """Find the position of the step about to be taken; announce a new trajectory."""
         fresh = self.scheduler.timesteps is not self.timesteps  # set_timesteps makes a new tensor
         position = position_of(self.scheduler, timestep, -1 if fresh else self.position)
         if fresh or (position is not None and position <= self.position):
@@ -136,7 +138,7 @@ class _Run:
         return position
 
     def corrected(self, model_output: Tensor, timestep: Any, sample: Tensor, position: int | None) -> Tensor:
-        """The model output (B, *S) from which the scheduler derives the corrected x0."""
+        """Compute the model output (B, *S) from which the scheduler derives the corrected x0."""
         state = step_state(self.scheduler, timestep, getattr(self.scheduler, "step_index", None))
         if state.b == 0:
             return model_output  # x0 does not depend on the model here, so no model output can move it
@@ -156,7 +158,7 @@ class _Run:
 
 
 class _OncePerImage:
-    """For DiT's pipeline, which steps both halves of its guidance batch: the second half repeats the images."""
+    """A correction for DiT's pipeline, which steps both halves of its guidance batch: the second repeats the images."""
 
     def __init__(self, correct: Correction) -> None:
         self.correct = correct
@@ -180,7 +182,7 @@ class _OncePerImage:
 
 
 def _with_sample(output: Any, sample: Tensor | None) -> Any:
-    """A step's output (tuple or dataclass) with another sample; LCM lists the last sample as `denoised`, too."""
+    """Replace the sample in a step's output (tuple or dataclass); LCM lists the last sample as `denoised`, too."""
     before = output[0]
     if sample is None or sample is before:
         return output
@@ -193,7 +195,7 @@ def _with_sample(output: Any, sample: Tensor | None) -> Any:
 
 
 def _split_variance(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Models that learn their variance return it as a second set of channels."""
+    """Split off the second set of channels, in which models return a learned variance."""
     if model_output.shape == sample.shape:
         return model_output, None
     channels = sample.shape[1]

@@ -1,4 +1,4 @@
-"""Finished images of earlier calls, as references for the next."""
+"""Remember finished images of earlier calls as references for the next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shielded.files import replacing
 
 
 class History:
-    """The last `limit` finished latents, oldest forgotten first. Held in main memory.
+    """The last `limit` finished latents, in main memory; the oldest are forgotten first.
 
     Args:
         limit: how many images are remembered at most.
@@ -52,12 +52,13 @@ class History:
         self.version += 1
 
     def amend(self, count: int, latents: Tensor) -> None:
-        """Put latents (n, *S) in the place of the `count` that were remembered last: these were repaired or refused."""
+        """Replace the `count` latents remembered last, which were repaired or refused, by latents (n, *S)."""
         if self._latents is not None:
             self._latents = self._latents[: max(0, len(self) - count)]
         self.add(latents)
 
     def forget(self) -> None:
+        """Forget all images."""
         self._latents = None
         self.version += 1
 
@@ -68,6 +69,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], limit: int = 1024) -> History:
+        """Read what `save` wrote."""
         history = cls(limit)
         latents = load_file(path)["latents"]
         if len(latents):

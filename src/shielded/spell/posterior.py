@@ -1,4 +1,4 @@
-"""What the posterior radius needs to know about a model: the energy of its latents and its denoising error."""
+"""The posterior radius: energy of a model's latents and its denoising error, known or measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FULL_RADIUS_BELOW = 0.2  # noise level t = σ/(α + σ) from which on shields ha
 
 @dataclass
 class Calibration:
-    """tr Cov(X_0|x_t), estimated.
+    """An estimate of tr Cov(X_0|x_t), by which the posterior radius shrinks.
 
     By the law of total variance E tr Cov(X_0|x_t) = E‖X_0‖² − E‖x0‖², so for one image about `energy` − ‖x0‖². Alone
     this would let a picture of little energy slip through: its estimate stays positive to the end. So the smaller of it
@@ -57,13 +57,13 @@ class Calibration:
             raise ValueError("energy and errors must be finite and not negative.")
 
     def posterior_variance(self, energy: Tensor, level: float) -> Tensor:
-        """tr Cov for images with ‖x0‖² = `energy` (B,) at noise level t. (B,), not negative."""
+        """Estimate tr Cov (B,), not negative, for images with ‖x0‖² = `energy` (B,) at noise level t."""
         if level < FULL_RADIUS_BELOW:
             return energy.new_zeros(energy.shape)
         return (self.energy - energy).clamp(min=0, max=self.bound(level))
 
     def bound(self, level: float) -> float:
-        """The most that tr Cov can be at noise level t."""
+        """Return the upper bound of tr Cov at noise level t."""
         if not self.levels:
             return self.energy * level**2
         return float(np.interp(level, [0.0, *self.levels], [0.0, *self.error]))
@@ -151,7 +151,7 @@ def measure_calibration(
 
 
 class _Teacher:
-    """Moves x0 to the known clean latents at every evaluation, and notes how far that was."""
+    """A correction that moves x0 to the known clean latents at every evaluation, and records the distance."""
 
     def __init__(self, clean: Tensor) -> None:
         self.clean = clean
@@ -184,7 +184,7 @@ def _check_unit_variance(noise: Tensor, level: float) -> None:
 
 
 def _first_state(pipe: Any, clean: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-    """What to pass as `latents` for the sampler to start from noised clean latents."""
+    """Make the `latents` argument with which the sampler starts from noised clean latents."""
     scheduler = pipe.scheduler
     # How far a resolution shifts the schedule (mu) does not matter here: the first state is pure noise either way.
     shifted = scheduler.config.get("use_dynamic_shifting", False)
