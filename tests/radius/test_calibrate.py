@@ -20,21 +20,23 @@ from shielded import Calibration, LatentSpace, ProtectedSet, Spell
 from shielded.cli import app
 from shielded.models import EMOJI, load
 from shielded.radius.alterations import CHANGES
-from shielded.radius.calibrate import (
-    Evidence,
-    caption_of,
-    copy_distances,
-    different_distances,
-    diversity,
+from shielded.radius.choose import (
+    diversity_radius,
     largest_radius,
-    measure,
-    open_pictures,
-    prompt_distances,
-    protection,
+    protection_radius,
     radii_per_image,
     read_radii,
     share_within,
     write_radii,
+)
+from shielded.radius.evidence import (
+    Evidence,
+    caption_of,
+    copy_distances,
+    different_distances,
+    measure_evidence,
+    open_pictures,
+    prompt_distances,
 )
 from shielded.spell.posterior import measure_calibration
 
@@ -286,27 +288,27 @@ def test_protection_reports_shares_at_the_suggested_radius():
         copies={"weak": np.array([0.5, 1.0, 5.9, 20.0]), "strong": np.array([6.0, 7.0])},
         generations=np.array([3.0, 60.0]),
     )
-    found = protection(evidence, rate=0.05)
+    found = protection_radius(evidence, rate=0.05)
     assert (found["radius"], found["radius_per_sqrt_dim"]) == (6.0, 1.5)
     assert found["false_alarms"] == 0.05
     assert found["copies"] == {"weak": 0.75, "strong": 0.0}  # 6 is not closer than 6
     assert found["generations"] == 0.5
     radii = [row["radius"] for row in found["table"]]
     assert radii == sorted(radii)
-    given = protection(evidence, radius=50.5)
+    given = protection_radius(evidence, radius=50.5)
     assert (given["suggested"], given["radius"], given["false_alarms"]) == (False, 50.5, 0.5)
 
 
 def test_one_picture_goes_by_plain_images():
     evidence = Evidence(dim=4, different=np.array([np.inf]), generations=np.array([8.0, 9.0]))
-    assert (protection(evidence)["basis"], protection(evidence)["radius"]) == ("plain images", 8.0)
+    assert (protection_radius(evidence)["basis"], protection_radius(evidence)["radius"]) == ("plain images", 8.0)
     with pytest.raises(ValueError, match="no distances"):
-        protection(Evidence(dim=4, different=np.array([np.inf])))
+        protection_radius(Evidence(dim=4, different=np.array([np.inf])))
 
 
 def test_diversity_radius():
     evidence = Evidence(dim=4, same_prompt=np.array([1.0, 2.0, 30.0]), other_prompt=np.arange(10.0, 20.0))
-    found = diversity(evidence, 0.2)
+    found = diversity_radius(evidence, 0.2)
     assert (found["radius"], found["radius_per_sqrt_dim"]) == (12.0, 6.0)
     assert (found["other_prompt"], found["same_prompt"]) == (0.2, pytest.approx(2 / 3))
 
@@ -463,11 +465,11 @@ def test_a_mirrored_copy_is_near_where_mirrored_images_are_protected(files, tmp_
     assert runner.invoke(app, arguments).exit_code == 0
     space = LatentSpace.of(load("emoji", "cpu"))
     with open_pictures(space, tmp_path / "set", ()) as pictures:
-        evidence = measure(space, pictures, torch.empty(0, *space.shape), [])
+        evidence = measure_evidence(space, pictures, torch.empty(0, *space.shape), [])
     assert evidence.copies["mirrored"][0] < 0.05 < evidence.copies["crop 5 %"][0]
     assert np.isinf(evidence.different).all()  # one motif
     with open_pictures(space, files[1], ()) as pictures:
-        assert measure(space, pictures, torch.empty(0, *space.shape), []).copies["mirrored"].min() > 1
+        assert measure_evidence(space, pictures, torch.empty(0, *space.shape), []).copies["mirrored"].min() > 1
 
 
 def test_pictures_are_found_where_they_are_now(files, tmp_path):

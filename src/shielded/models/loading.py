@@ -14,7 +14,11 @@ import torch
 from shielded.models import DEFAULT_MODEL
 from shielded.models.presets import PRESETS, preset_of
 
-GUIDANCE = {name: preset.guidance for name, preset in PRESETS.items() if preset.guidance_option == "guidance_scale"}
+GUIDANCE: dict[str, float] = {
+    name: preset.guidance
+    for name, preset in PRESETS.items()
+    if preset.guidance is not None and preset.guidance_option == "guidance_scale"
+}
 
 
 def names() -> list[str]:

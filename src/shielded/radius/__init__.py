@@ -1,1 +1,1 @@
-"""Choosing a radius: what a set, a model and altered copies say about it."""
+"""Choose a radius by measured distances: between protected images, to altered copies, and between plain images."""

@@ -1,4 +1,4 @@
-"""Light changes to a picture, as copies of it meet on their way: how far do they move its latents?"""
+"""Alter an image lightly, as copies of it are altered in circulation, to see how far its latents move."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 def jpeg(quality: int) -> Change:
-    """Saved as JPEG with this quality and read again."""
+    """Compress as JPEG with this quality, and decode again."""
 
     def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         file = io.BytesIO()
@@ -23,7 +23,7 @@ def jpeg(quality: int) -> Change:
 
 
 def resize(share: float) -> Change:
-    """Made smaller to this share of width and height, and as large as before again."""
+    """Shrink to this share of width and height, and enlarge to the size before."""
 
     def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         small = max(1, round(share * image.width)), max(1, round(share * image.height))
@@ -33,7 +33,7 @@ def resize(share: float) -> Change:
 
 
 def crop(share: float) -> Change:
-    """Cut off at each edge by this share of the side, at least a pixel, and as large as before again."""
+    """Cut off this share of the side at each edge, at least a pixel, and enlarge to the size before."""
 
     def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         x, y = max(1, round(share * image.width)), max(1, round(share * image.height))
@@ -44,7 +44,7 @@ def crop(share: float) -> Change:
 
 
 def shift(share: float) -> Change:
-    """Moved to the right by this share of the width, at least a pixel; the left edge is repeated."""
+    """Move right by this share of the width, at least a pixel, and repeat the left edge."""
 
     def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         pixels = max(1, round(share * image.width))
@@ -55,17 +55,17 @@ def shift(share: float) -> Change:
 
 
 def brightness(factor: float) -> Change:
-    """All values multiplied by a factor."""
+    """Multiply all values by a factor."""
     return lambda image, rng: ImageEnhance.Brightness(image).enhance(factor)
 
 
 def contrast(factor: float) -> Change:
-    """Differences from the mean grey multiplied by a factor."""
+    """Multiply the differences from the mean grey by a factor."""
     return lambda image, rng: ImageEnhance.Contrast(image).enhance(factor)
 
 
 def noise(deviation: float) -> Change:
-    """Gaussian noise of this standard deviation, as a share of the range of values, for each pixel and colour."""
+    """Add Gaussian noise of this standard deviation, as a share of the value range, to each pixel and channel."""
 
     def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         values = np.asarray(image) + rng.normal(0, 255 * deviation, (image.height, image.width, 3))
