@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from shielded.core.distances import PRECISION, block_elements, column_blocks, di
 from shielded.core.projection import smallest_move, stays_inside, way_out
 from shielded.core.references import Hits, References, TensorReferences, deepest, merge, rank_within_query, unknown
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float64
+
 Overlap = Literal["sum", "project"]
 
 _MAX_ROUNDS = 12  # of solving for the active shields and searching again where the move led
@@ -30,7 +33,9 @@ _MAX_ELEMENTS = 1 << 27  # elements of references in memory at once: 512 MiB in 
 _GROUP_COST = 1e7  # multiplications that take as long as the overhead of one more group of images
 
 
-def sum_correction(x0: Tensor, references: References, hits: Hits, noise: Tensor) -> Tensor:
+def sum_correction(
+    x0: Float[Tensor, "b d"], references: References, hits: Hits, noise: Float[Tensor, "b d"]
+) -> Float[Tensor, "b d"]:
     """Compute the paper's Δ (B, D) for the active shields.
 
     Args:
@@ -55,8 +60,12 @@ def sum_correction(x0: Tensor, references: References, hits: Hits, noise: Tensor
 
 
 def project_correction(
-    x0: Tensor, references: References, hits: Hits, noise: Tensor, shrink: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x0: Float[Tensor, "b d"],
+    references: References,
+    hits: Hits,
+    noise: Float[Tensor, "b d"],
+    shrink: Float[Tensor, " b"] | None = None,
+) -> tuple[Float[Tensor, "b d"], Bool[Tensor, " b"]]:
     """Compute the smallest move after which no row of x0 is inside a shield.
 
     Up to 12 rounds add the shields that the move itself enters and those that were not among the deepest; each round
@@ -301,14 +310,14 @@ def _normals(group: _Group, shields: _Shields, exact: Tensor) -> Tensor:
 
 
 def repellency(
-    x0: Tensor,
-    references: Tensor,
-    radius: float | Tensor,
+    x0: Float[Tensor, "b *s"],
+    references: Float[Tensor, "k *s"],
+    radius: float | Float[Tensor, " k"],
     *,
     overcompensation: float = 1.0,
     overlap: Overlap = "sum",
-    noise: Tensor | None = None,
-) -> Tensor:
+    noise: Float[Tensor, "b *s"] | None = None,
+) -> Float[Tensor, "b *s"]:
     """Compute the correction λΔ that pushes x0 out of the shields around the references.
 
     Args:
@@ -351,7 +360,7 @@ def repellency(
     return (overcompensation * delta).to(x0.dtype).view_as(x0)
 
 
-def check_radius(radius: float | Tensor, count: int) -> float | Tensor:
+def check_radius(radius: float | Float[Tensor, " k"], count: int) -> float | Float64[Tensor, " k"]:
     """Return the radius as a number or (count,) float64; refuse one that is not positive and finite.
 
     Raises:

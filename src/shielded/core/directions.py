@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
 
 COINCIDENT = 1e-6  # share of the radius below which the direction of x0 − z is rounding noise
 
 
-def tie_break(count: int, dim: int, device: torch.device) -> Tensor:
+def tie_break(count: int, dim: int, device: torch.device) -> Float32[Tensor, "{count} {dim}"]:
     """Draw fixed unit vectors, one per row, the same on every call and machine."""
     generator = torch.Generator().manual_seed(20250713)
     directions = torch.randn(count, dim, generator=generator)
     return (directions / directions.norm(dim=1, keepdim=True)).to(device)
 
 
-def push_direction(x0: Tensor, noise: Tensor | None) -> Tensor:
+def push_direction(x0: Float[Tensor, "b d"], noise: Float[Tensor, "b d"] | None) -> Float[Tensor, "b d"]:
     """Return the predicted noise (B, D), or a fixed direction in rows without any (last step of some samplers).
 
     Args:

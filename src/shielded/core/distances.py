@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64, Int64
 
 MAX_ELEMENTS = 1 << 24  # elements of differences in memory at once: 64 MiB in float32
 PRECISION = 1e-8  # relative error bound above which a squared distance is measured again by subtraction
@@ -16,13 +20,15 @@ def block_elements(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else MAX_ELEMENTS // 4
 
 
-def column_blocks(x: Tensor, rows: int) -> Iterator[slice]:
+def column_blocks(x: Float[Tensor, "b d"], rows: int) -> Iterator[slice]:
     """Split the columns of x (B, D) into blocks whose float64 copies of `rows` rows fit `block_elements`."""
     width = max(128, min(4096, block_elements(x.device) // rows))
     return (slice(start, start + width) for start in range(0, x.shape[1], width))
 
 
-def squared_distances(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def squared_distances(
+    x: Float[Tensor, "b d"], z: Float[Tensor, "k d"]
+) -> tuple[Float64[Tensor, "b k"], Float64[Tensor, "b k"]]:
     """Compute ‖x − z‖² of all pairs by matrix products, with a bound on the error of each.
 
     The products cancel for small distances. In float64, with the origin moved to the mean of x, enough digits remain
@@ -53,7 +59,9 @@ def squared_distances(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return squared_x + squared_z - 2 * product, error
 
 
-def pair_distances(x: Tensor, z: Tensor, query: Tensor, row: Tensor) -> Tensor:
+def pair_distances(
+    x: Float[Tensor, "b d"], z: Float[Tensor, "k d"], query: Int64[Tensor, " p"], row: Int64[Tensor, " p"]
+) -> Float64[Tensor, " p"]:
     """Compute ‖x[query] − z[row]‖ (P,) in float64 by subtraction, with bounded memory."""
     step = max(1, MAX_ELEMENTS // max(1, x.shape[1]))
     parts = [
@@ -64,8 +72,14 @@ def pair_distances(x: Tensor, z: Tensor, query: Tensor, row: Tensor) -> Tensor:
 
 
 def distances_of(
-    x: Tensor, z: Tensor, query: Tensor, row: Tensor, squared: Tensor, error: Tensor, radius: Tensor | None = None
-) -> Tensor:
+    x: Float[Tensor, "b d"],
+    z: Float[Tensor, "k d"],
+    query: Int64[Tensor, " p"],
+    row: Int64[Tensor, " p"],
+    squared: Float64[Tensor, "b k"],
+    error: Float64[Tensor, "b k"],
+    radius: Float64[Tensor, " p"] | None = None,
+) -> Float64[Tensor, " p"]:
     """Compute ‖x[query] − z[row]‖ (P,) float64 from `squared_distances`, by subtraction where their error is too large.
 
     It is too large next to a reference, and where it hides on which side of the radius (P,) the distance lies.

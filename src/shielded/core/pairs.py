@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,13 @@ from shielded.core.distances import MAX_ELEMENTS, pair_distances
 from shielded.core.projection import separate
 from shielded.core.references import Hits
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
-def active_pairs(x0: Tensor, radius: Tensor, repels: Tensor) -> Tensor:
+
+def active_pairs(
+    x0: Float[Tensor, "b d"], radius: Float[Tensor, "b b"], repels: Bool[Tensor, "b b"]
+) -> Bool[Tensor, "b b"]:
     """Find the pairs of rows that repel each other and lie closer than their radius.
 
     Args:
@@ -27,7 +34,9 @@ def active_pairs(x0: Tensor, radius: Tensor, repels: Tensor) -> Tensor:
     return repels & ~itself & (distance < radius)
 
 
-def sum_pairs(x0: Tensor, radius: Tensor, close: Tensor) -> Tensor:
+def sum_pairs(
+    x0: Float[Tensor, "b d"], radius: Float[Tensor, "b b"], close: Bool[Tensor, "b b"]
+) -> Float[Tensor, "b d"]:
     """Compute the paper's Δ (B, D) with the other images of the batch as references.
 
     Args:
@@ -52,7 +61,9 @@ def sum_pairs(x0: Tensor, radius: Tensor, close: Tensor) -> Tensor:
     return delta
 
 
-def project_pairs(x0: Tensor, radius: Tensor, repels: Tensor) -> tuple[Tensor, Tensor]:
+def project_pairs(
+    x0: Float[Tensor, "b d"], radius: Float[Tensor, "b b"], repels: Bool[Tensor, "b b"]
+) -> tuple[Float[Tensor, "b d"], Bool[Tensor, " b"]]:
     """Compute the smallest joint move after which no pair is closer than its radius; both sides of a pair share it.
 
     Args:

@@ -15,15 +15,25 @@ All functions work on float64 Gram matrices, so their cost depends on the number
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float64
 
 _RIDGE = 1e-11  # keeps the linear systems solvable when references coincide or oppose each other
 _EXCHANGE_ROUNDS = 30
 _NEWTON_ROUNDS = 25
 
 
-def non_negative_quadratic(gram: Tensor, target: Tensor, passive: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def non_negative_quadratic(
+    gram: Float64[Tensor, "n a a"],
+    target: Float64[Tensor, "n a"],
+    passive: Bool[Tensor, "n a"],
+    valid: Bool[Tensor, "n a"],
+) -> tuple[Float64[Tensor, "n a"], Bool[Tensor, "n a"]]:
     """Maximise ν·target − ½ νᵀ gram ν over ν ≥ 0 for a batch, by block principal pivoting (Kim and Park 2011).
 
     Args:
@@ -66,7 +76,13 @@ def non_negative_quadratic(gram: Tensor, target: Tensor, passive: Tensor, valid:
     return result.clamp(min=0), passive
 
 
-def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor, directed: Tensor) -> Tensor:
+def smallest_move(
+    gram: Float64[Tensor, "n a a"],
+    distance: Float64[Tensor, "n a"],
+    radius: Float64[Tensor, "n a"],
+    valid: Bool[Tensor, "n a"],
+    directed: Bool[Tensor, "n a"],
+) -> Float64[Tensor, "n a"]:
     """Compute multipliers ν of the smallest move out of all shields, h = Σ_k ν_k u_k with u_k = (x0 − z_k)/d_k.
 
     Args:
@@ -107,7 +123,13 @@ def smallest_move(gram: Tensor, distance: Tensor, radius: Tensor, valid: Tensor,
     return result * scale
 
 
-def stays_inside(gram: Tensor, multipliers: Tensor, distance: Tensor, radius: Tensor, valid: Tensor) -> Tensor:
+def stays_inside(
+    gram: Float64[Tensor, "n a a"],
+    multipliers: Float64[Tensor, "n a"],
+    distance: Float64[Tensor, "n a"],
+    radius: Float64[Tensor, "n a"],
+    valid: Bool[Tensor, "n a"],
+) -> Bool[Tensor, " n"]:
     """Find the images (n,) that Σ ν_k u_k leaves inside a shield, or leads out only far away.
 
     In low dimension half-spaces may meet far away, while a straight way out takes at most two radii.
@@ -119,7 +141,7 @@ def stays_inside(gram: Tensor, multipliers: Tensor, distance: Tensor, radius: Te
     return far | (valid & (deficit > 1e-9 * radius.square())).any(dim=1)
 
 
-def escape_length(along: Tensor, deficit: Tensor) -> Tensor:
+def escape_length(along: Float64[Tensor, "n a"], deficit: Float64[Tensor, "n a"]) -> Float64[Tensor, " n"]:
     """Compute the step t along a unit vector v that leaves every shield: max_k of the root of ‖y − z_k + t v‖ = r_k.
 
     Args:
@@ -130,14 +152,14 @@ def escape_length(along: Tensor, deficit: Tensor) -> Tensor:
 
 
 def way_out(
-    gram: Tensor,
-    multipliers: Tensor,
-    distance: Tensor,
-    radius: Tensor,
-    valid: Tensor,
-    noise: Tensor,
-    noise_length: Tensor,
-) -> tuple[Tensor, Tensor]:
+    gram: Float64[Tensor, "n a a"],
+    multipliers: Float64[Tensor, "n a"],
+    distance: Float64[Tensor, "n a"],
+    radius: Float64[Tensor, "n a"],
+    valid: Bool[Tensor, "n a"],
+    noise: Float64[Tensor, "n a"],
+    noise_length: Float64[Tensor, " n"],
+) -> tuple[Float64[Tensor, "n a"], Float64[Tensor, " n"]]:
     """Lead out of the shields that Σ ν_k u_k does not leave, on from there or straight from x0, whichever is shorter.
 
     The step is at a right angle to all normals, along the remaining component of the predicted noise.
@@ -177,7 +199,9 @@ def _times(gram: Tensor, vector: Tensor) -> Tensor:
     return (gram @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def separate(points: Tensor, radius: Tensor, repels: Tensor, rounds: int = 12) -> tuple[Tensor, Tensor]:
+def separate(
+    points: Float64[Tensor, "b n"], radius: Float64[Tensor, "b b"], repels: Bool[Tensor, "b b"], rounds: int = 12
+) -> tuple[Float64[Tensor, "b n"], Bool[Tensor, " b"]]:
     """Compute the smallest joint move that puts every pair at least its radius apart; both sides of a pair share it.
 
     Each round replaces the distance constraints by conservative half-spaces at the points reached so far and solves

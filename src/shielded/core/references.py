@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from shielded.core.distances import distances_of, squared_distances
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float64, Int64
 
 
 @dataclass
@@ -23,10 +26,10 @@ class Hits:
         radius: (P,) float64, L2.
     """
 
-    query: Tensor
-    row: Tensor
-    distance: Tensor
-    radius: Tensor
+    query: Int64[Tensor, " p"]
+    row: Int64[Tensor, " p"]
+    distance: Float64[Tensor, " p"]
+    radius: Float64[Tensor, " p"]
 
     def __len__(self) -> int:
         return len(self.query)
@@ -45,18 +48,19 @@ class Scan:
         hits: runs the second half and returns the active shields.
     """
 
-    some: Tensor
+    some: Bool[Tensor, ""]
     hits: Callable[[], Hits]
 
 
+@runtime_checkable
 class References(Protocol):
     """Points that x0 is kept away from, each with a radius."""
 
-    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
+    def scan(self, x0: Float[Tensor, "b d"], shrink: Float[Tensor, " b"] | None = None) -> Scan:
         """Search for the active shields of x0 (B, D); `shrink` (B,) is subtracted from each row's squared radii."""
         ...
 
-    def vectors(self, rows: Tensor) -> Tensor:
+    def vectors(self, rows: Int64[Tensor, " m"]) -> Float[Tensor, "m d"]:
         """Return the references `rows` (P,) as (P, D) float32."""
         ...
 
@@ -70,15 +74,17 @@ class TensorReferences:
         nearest: only so many references of each batch row, the nearest ones; None: all.
     """
 
-    def __init__(self, vectors: Tensor, radius: float | Tensor, nearest: int | None = None) -> None:
+    def __init__(
+        self, vectors: Float[Tensor, "k d"], radius: float | Float[Tensor, " k"], nearest: int | None = None
+    ) -> None:
         self._vectors = vectors.float()
         self._nearest = nearest
         self.radius = torch.as_tensor(radius, dtype=torch.float64, device=vectors.device).expand(len(vectors))
 
-    def vectors(self, rows: Tensor) -> Tensor:
+    def vectors(self, rows: Int64[Tensor, " m"]) -> Float[Tensor, "m d"]:
         return self._vectors[rows]
 
-    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
+    def scan(self, x0: Float[Tensor, "b d"], shrink: Float[Tensor, " b"] | None = None) -> Scan:
         squared = self.radius.square().expand(len(x0), -1)
         if shrink is not None:
             squared = squared - shrink.double()[:, None]
@@ -110,7 +116,7 @@ class Joined:
         self._parts = parts
         self._starts = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
 
-    def vectors(self, rows: Tensor) -> Tensor:
+    def vectors(self, rows: Int64[Tensor, " m"]) -> Float[Tensor, "m d"]:
         parts = []
         for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
             inside = (rows >= start) & (rows < end)
@@ -120,7 +126,7 @@ class Joined:
         result[torch.cat([index for index, _ in parts])] = joined
         return result
 
-    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
+    def scan(self, x0: Float[Tensor, "b d"], shrink: Float[Tensor, " b"] | None = None) -> Scan:
         scans = [part.scan(x0, shrink) for part in self._parts]
         return Scan(torch.stack([scan.some for scan in scans]).any(), lambda: self._join([s.hits() for s in scans]))
 
@@ -133,7 +139,7 @@ class Joined:
         return joined[torch.argsort(query, stable=True)]
 
 
-def rank_within_query(hits: Hits) -> Tensor:
+def rank_within_query(hits: Hits) -> Int64[Tensor, " p"]:
     """Number the hits of each batch row: 0, 1, 2, ... (P,)"""
     return torch.arange(len(hits), device=hits.query.device) - torch.searchsorted(hits.query, hits.query)
 
