@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from shielded import LatentSpace, ProtectedSet
 from shielded.files import replace_section
-from shielded.protected.search import search
+from shielded.protected.search.choose import MAX_UNINDEXED_ROWS
 from shielded.spell import Calibration
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
@@ -83,7 +83,7 @@ def exact(folder: Path, given: Path, taesd: Path, count: int, out: Path | None) 
         gone = torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))[:500]
         protected.remove([str(i) for i in gone.tolist()])
         protected.add(rows[gone[:200]], [f"again {i}" for i in range(200)])
-        assert len(protected) > search.SMALL
+        assert len(protected) > MAX_UNINDEXED_ROWS
         z = protected.vectors(range(len(protected))).flatten(1).double().numpy()
         squared = np.square(z).sum(1)
         asked = queries(others, rows, count)

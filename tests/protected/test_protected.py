@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet, protected_set, store
-from shielded.protected.search import search
+from shielded.protected.search import interface, whole
 
 SHAPE = (2, 3, 4)
 SPACE = LatentSpace(SHAPE)
@@ -83,9 +83,9 @@ def test_search_is_exact(tmp_path_factory, seed, batch, rows, dim, offset, sprea
     stored = z.to(dtype).double()
     middle = brute_force(x, stored).median().item() * (1 + 1e-9)  # not on a shell, where the last bit decides
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_BLOCK", block)
-        patch.setattr(search, "_WORKING_SET", 64)
-        patch.setattr(search, "_CACHE", 64)
+        patch.setattr(whole, "_MAX_FLOAT32_TERMS", block)
+        patch.setattr(whole, "_MAX_ARRAY_NUMBERS", 64)
+        patch.setattr(interface, "_MAX_CACHED_NUMBERS", 64)
         check_against_brute_force(protected, x, [0.0, middle / 2, middle, 2 * middle, float("inf")], stored)
 
 
@@ -108,7 +108,7 @@ def test_blurred_queries_and_latent_sizes(tmp_path):
 )
 def test_bounds_hold(seed, dim, scale, offset):
     x, z = ((randn(n, dim, seed=seed + n) + offset).mul(scale).numpy() for n in (3, 4))
-    lower, upper = search._bounds(x, z, np.square(z.astype(np.float64)).sum(1))
+    lower, upper = whole.distance_bounds(x, z, np.square(z.astype(np.float64)).sum(1))
     exact = np.linalg.norm(x[:, None].astype(np.float64) - z[None], axis=2)
     assert (lower <= exact).all()
     assert (exact <= upper).all()
@@ -117,7 +117,7 @@ def test_bounds_hold(seed, dim, scale, offset):
 def test_bounds_are_tight_where_they_matter():
     """Latents of unit variance: what is not ruled out without need stays below half a percent of the distance."""
     x, z = randn(2, 65536).numpy(), randn(3, 65536, seed=1).numpy()
-    lower, upper = search._bounds(x, z, np.square(z.astype(np.float64)).sum(1))
+    lower, upper = whole.distance_bounds(x, z, np.square(z.astype(np.float64)).sum(1))
     assert ((upper - lower) / upper < 5e-3).all()
 
 

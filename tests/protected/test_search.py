@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from shielded import LatentSpace, ProtectedSet
-from shielded.protected.search import search
-from shielded.protected.search.indexed import bounds as neighbours
+from shielded.protected.search import choose
+from shielded.protected.search.indexed import bounds
+from shielded.protected.search.indexed import search as indexed_search
 
 BATCH, STEPS = 6, 8
 
@@ -16,7 +17,7 @@ BATCH, STEPS = 6, 8
 @pytest.fixture
 def indexed(monkeypatch):
     """Small sets are searched as large ones are."""
-    monkeypatch.setattr(search, "SMALL", 0)
+    monkeypatch.setattr(choose, "MAX_UNINDEXED_ROWS", 0)
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -25,11 +26,11 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.fixture(params=["index", "all", "copy", pytest.param("cuda", marks=NO_CUDA)])
 def device(request, monkeypatch):
     """Where queries are. A set has an index for them, or all of it is read, or a copy of it lies where they are."""
-    monkeypatch.setattr(search, "SMALL", 0)
+    monkeypatch.setattr(choose, "MAX_UNINDEXED_ROWS", 0)
     if request.param == "all":
-        monkeypatch.setattr(search.Search, "_compiled", None)
+        monkeypatch.setattr(choose, "_indexed_search", lambda rows: None)
     if request.param == "copy":
-        monkeypatch.setattr(search.Search, "_on_device", lambda *_: True)
+        monkeypatch.setattr(choose.Search, "_on_device", lambda *_: True)
     return "cuda" if request.param == "cuda" else "cpu"
 
 
@@ -140,7 +141,7 @@ def test_less_memory_takes_fewer_queries_at_a_time_and_finds_the_same(indexed, t
 
 
 def test_any_number_of_queries_for_any_number_of_steps(indexed, monkeypatch, tmp_path):
-    monkeypatch.setattr(neighbours, "_KEPT", 3)  # earlier queries are soon forgotten
+    monkeypatch.setattr(bounds, "_KEPT", 3)  # earlier queries are soon forgotten
     rng = np.random.default_rng(8)
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 6, 6)))
     for n in range(3):
@@ -170,17 +171,17 @@ def test_a_search_that_is_broken_off_leaves_nothing_wrong_behind(indexed, monkey
     far, near = z[:2] + 40, z[:2] + 0.1
     asked = [torch.from_numpy(x).float().view(2, 4, 4, 4) for x in (far, near)]
     protected.within(asked[1], 3.0)
-    search_shard = neighbours._View.search
+    search_shard = bounds._View.search
 
     def broken(self, shard, *rest):
         if shard == 1:
             raise KeyboardInterrupt
         return search_shard(self, shard, *rest)
 
-    monkeypatch.setattr(neighbours._View, "search", broken)
+    monkeypatch.setattr(bounds._View, "search", broken)
     with pytest.raises(KeyboardInterrupt):
         protected.within(asked[0], 330.0)
-    monkeypatch.setattr(neighbours._View, "search", search_shard)
+    monkeypatch.setattr(bounds._View, "search", search_shard)
     for x, radius in ((near, 3.0), (far, 319.0), (near, 9.0)):
         exact = brute_force(x.astype(np.float32), z)
         hits = protected.within(torch.from_numpy(x).float().view(2, 4, 4, 4), radius)
@@ -210,8 +211,8 @@ def test_large_latents(indexed, tmp_path, shape):
 def test_without_numba_all_is_read_and_a_warning_says_so(indexed, monkeypatch, tmp_path):
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 4, 4)))
     protected.add(torch.randn(60, 4, 4, 4, generator=torch.Generator().manual_seed(0)), [str(i) for i in range(60)])
-    monkeypatch.setitem(sys.modules, neighbours.__name__, None)
-    with pytest.warns(UserWarning, match=r"pip install 'shielded\[large\]'"):
+    monkeypatch.setitem(sys.modules, indexed_search.__name__, None)
+    with pytest.warns(UserWarning, match=r"60 protected images.* need the extra `large`: pip install -e '\.\[large\]'"):
         assert protected.nearest_rows(protected.vectors([7]), 1)[1].tolist() == [[7]]
     assert not list((tmp_path / "set").glob("*.index.*"))
 

@@ -1,0 +1,205 @@
+"""Exact search in a large set: bounds from an index on disk rule rows out, the rest is measured in float64."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from shielded.protected.search.indexed import index
+from shielded.protected.search.indexed.bounds import Pruned
+from shielded.protected.search.indexed.index import Index, Projection
+from shielded.protected.search.interface import (
+    Pairs,
+    Vectors,
+    exact_distances,
+    float64,
+    joined,
+    live_rows,
+    shrunk,
+    sorted_pairs,
+)
+
+_MIN_ROWS_PER_PASS = 16  # rows that are measured before the next lower bound is compared, besides 3 k
+_SPARE_NEIGHBOURS = 8  # rows that are cached for the next step, besides the k asked for
+_MIN_INITIAL_ROWS = 32  # rows that are measured for a first upper bound when the cache is empty or outdated
+
+
+class IndexedSearch:
+    """Search through an index of each shard, which is built where it is missing.
+
+    Caches queries and what was found for them: see `bounds.py`.
+
+    Args:
+        vectors: the references.
+        index_paths: index file of each shard.
+        shape: shape of one latent.
+        memory: bytes to hold at most, besides queries and answers.
+    """
+
+    def __init__(self, vectors: Vectors, index_paths: Sequence[Path], shape: tuple[int, ...], memory: int) -> None:
+        self._vectors, self._paths, self._shape, self._memory = vectors, list(index_paths), shape, memory
+        self._count = len(live_rows(vectors))
+        # The row of each stored row.
+        self._row = np.arange(self._count) if vectors.alive is None else np.cumsum(vectors.alive) - 1
+
+    def within(self, x: Tensor, radius: np.ndarray, shrink: np.ndarray | None, nearest: int | None) -> Pairs:
+        """Find all pairs with distance < radius: see `ExactSearch`."""
+        queries = float64(x)
+        if nearest is None:
+            return sorted_pairs(joined(self._all_within(queries, radius, shrink)))
+        return sorted_pairs(joined(self._nearest_within(queries, nearest, radius, shrink)), nearest)
+
+    def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find the k nearest rows of each query: see `ExactSearch`."""
+        found = list(self._nearest_within(float64(x), k))
+        rows = np.array([row for _, row, _ in found], np.int64).reshape(-1, k)
+        return np.array([distance for _, _, distance in found]).reshape(-1, k), rows
+
+    def _all_within(self, x: np.ndarray, radius: np.ndarray, shrink: np.ndarray | None) -> Iterator[Pairs]:
+        for first, part, radii in self._batches(x, radius, shrink):
+            slots, _ = self._pruned.assign(part)
+            limit = radii.cell_limits(self._pruned, self._row, len(part))
+            for query, stored, _ in self._pruned.reach(part, slots, limit):
+                row = self._row[stored]
+                distance = exact_distances(part, self._vectors.take, query, stored)
+                inside = radii.contain(query, row, distance)
+                yield query[inside] + first, row[inside], distance[inside]
+
+    def _nearest_within(
+        self, x: np.ndarray, k: int, radius: np.ndarray | None = None, shrink: np.ndarray | None = None
+    ) -> Iterator[Pairs]:
+        """Yield the k nearest rows within the radius, query by query."""
+        k = min(k, self._count)
+        cached = min(k + _SPARE_NEIGHBOURS, self._count)
+        for first, part, radii in self._batches(x, radius, shrink):
+            slots, moved = self._pruned.assign(part)
+            # The k-th nearest row is not farther than the k-th nearest of any known rows.
+            known = [self._pruned.neighbours[slot] for slot in slots]
+            limit = self._squared_kth(part, known, k, radii)
+            # After a jump the cached neighbours say little.
+            if any(len(rows) < k for rows in known) or (np.square(moved) > limit / 4).any():
+                known = self._pruned.guess(part, slots, min(max(cached, _MIN_INITIAL_ROWS), self._count))
+                limit = np.minimum(limit, self._squared_kth(part, known, k, radii))
+            limit = np.minimum(limit[:, None], radii.cell_limits(self._pruned, self._row, len(part)))
+            query, stored, lower = joined(self._pruned.reach(part, slots, limit))
+            for i, slot in enumerate(slots):
+                of_query = query == i
+                distance, best = self._closest(part[i : i + 1], stored[of_query], lower[of_query], k, radii, i)
+                self._pruned.neighbours[slot] = np.append(best, known[i][~np.isin(known[i], best)])[:cached]
+                yield np.full(min(k, len(best)), first + i), self._row[best[:k]], distance[:k]
+
+    def _squared_kth(self, x: np.ndarray, known: list[np.ndarray], k: int, radii: _Radii) -> np.ndarray:
+        """Compute the squared distance (B,) of the k-th nearest known row within the radius; inf if there are fewer."""
+        limit = np.full(len(x), np.inf)
+        query = np.repeat(np.arange(len(x)), [len(rows) for rows in known])
+        stored = np.concatenate(known)
+        distance = exact_distances(x, self._vectors.take, query, stored)
+        inside = radii.contain(query, self._row[stored], distance)
+        for i in range(len(x)):
+            of_query = distance[inside & (query == i)]
+            if len(of_query) >= k:
+                limit[i] = np.partition(of_query, k - 1)[k - 1] ** 2
+        return limit
+
+    def _closest(
+        self, x: np.ndarray, stored: np.ndarray, lower: np.ndarray, k: int, radii: _Radii, query: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Measure one query's candidates in the order of their lower bounds, until none can be among the k nearest.
+
+        Args:
+            x: the query (1, dim).
+            stored: candidates (n,), stored rows.
+            lower: (n,) lower bounds of their squared distances.
+            k: neighbours.
+            radii: radii of all queries.
+            query: number of the query among them.
+
+        Returns:
+            Distances and stored rows within the radius, nearest first. There may be more than k; only the first k are
+            certainly the nearest.
+        """
+        distance, best = np.empty(0), np.empty(0, np.int64)
+        order = np.argsort(lower, kind="stable")
+        step = _MIN_ROWS_PER_PASS + 3 * k
+        for start in range(0, len(order), step):
+            batch = stored[order[start : start + step]]
+            if len(best) >= k and lower[order[start]] > distance[k - 1] ** 2 * (1 + 1e-12):
+                break
+            measured = exact_distances(x, self._vectors.take, np.zeros_like(batch), batch)
+            inside = radii.contain(query, self._row[batch], measured)
+            distance, best = np.append(distance, measured[inside]), np.append(best, batch[inside])
+            first = np.lexsort((best, distance))[:step]
+            distance, best = distance[first], best[first]
+        return distance, best
+
+    def _batches(
+        self, x: np.ndarray, radius: np.ndarray | None, shrink: np.ndarray | None
+    ) -> Iterator[tuple[int, np.ndarray, _Radii]]:
+        """Yield (first query, queries, their radii), as many queries at a time as the memory has room for."""
+        size = max(1, self._memory // (8 * self._vectors.shape[0]))
+        for first in range(0, len(x), size):
+            part = slice(first, first + size)
+            yield first, x[part], _Radii(*(None if values is None else values[part] for values in (radius, shrink)))
+
+    @cached_property
+    def _pruned(self) -> Pruned:
+        projection = Projection(self._shape)
+        parts = self._vectors.parts()
+        indexes = [
+            self._index(path, rows, projection)
+            for path, (_, rows) in zip(tqdm(self._paths, "index", disable=None, leave=False), parts, strict=True)
+        ]
+        starts, counts = zip(*((start, len(rows)) for start, rows in parts), strict=True)
+        return Pruned(indexes, list(starts), list(counts), projection, self._vectors.alive)
+
+    def _index(self, path: Path, rows: np.ndarray, projection: Projection) -> Index:
+        """Map the index of a shard, built first if it is missing; in a temporary folder if the set's is read-only."""
+        found = index.read(path, len(rows), projection)
+        if found is not None:
+            return found
+        built = index.build(rows, projection)
+        try:
+            index.write(path, built)
+        except OSError:
+            path = Path(self._folder.name) / path.name
+            index.write(path, built)
+        return index.read(path, len(rows), projection) or built
+
+    @cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="shielded-index-")
+
+
+@dataclass
+class _Radii:
+    """Radii (B, K), None for no limit, and what is subtracted from their squares (B,), None for nothing."""
+
+    radius: np.ndarray | None
+    shrink: np.ndarray | None
+
+    def contain(self, query: np.ndarray | int, row: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        """Say which of the pairs (P,) lie within the radius."""
+        if self.radius is None:
+            return np.ones(len(distance), bool)
+        return distance < shrunk(self.radius[query, row], None if self.shrink is None else self.shrink[query])
+
+    def cell_limits(self, pruned: Pruned, row: np.ndarray, batch: int) -> np.ndarray:
+        """Compute the largest squared radius (B, cells) in each cell, negative where there is none.
+
+        Args:
+            pruned: knows the cells.
+            row: the row of each stored row.
+            batch: B.
+        """
+        if self.radius is None:
+            return np.full((batch, pruned.cells), np.inf)
+        largest = pruned.largest(self.radius, row)
+        limit = np.square(largest) - (0 if self.shrink is None else self.shrink[:, None])
+        return np.where(largest > 0, limit, -1.0)
