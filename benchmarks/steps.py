@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from shielded.evaluation.reproduce import Setting, Study, emoji_prompts
-from shielded.evaluation.reproduce.measures import Measured
-from shielded.evaluation.reproduce.reference import Reference
+from shielded.evaluation.reproduce.measures import SettingMetrics
+from shielded.evaluation.reproduce.reference import ReferenceImages
 
 RUNS = {
     "DDIMScheduler": (50, 25, 10),
@@ -34,9 +34,9 @@ def main() -> None:
                 prompts = emoji_prompts(args.prompts, args.reference)
                 study = Study(Path(folder), prompts, images=args.images, seeds=1, steps=steps)
                 study.sampler = sampler
-                reference = Reference(study, args.reference).features()
+                reference = ReferenceImages(study, args.reference).features()
                 ((_, cells),) = study.cells([Setting(f"{sampler}, {steps}")])
-                found = Measured(cells, [reference[prompt] for prompt in prompts]).estimates()
+                found = SettingMetrics(cells, [reference[prompt] for prompt in prompts]).estimates()
                 value = {name: estimate["value"] for name, estimate in found.items()}
                 lines.append(
                     f"| {sampler.removesuffix('Scheduler')} | {steps} | {value['caption']:.3f} "

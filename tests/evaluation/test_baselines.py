@@ -16,7 +16,7 @@ from shielded.evaluation.baselines import (
     SafetyGuidedFlow,
     method,
 )
-from shielded.evaluation.baselines.noise import farthest
+from shielded.evaluation.baselines.noise import farthest_candidates
 from shielded.models import load
 
 STEPS = 4
@@ -288,7 +288,7 @@ def test_the_farthest_noise_is_the_greedy_choice_of_brute_force():
     for i in range(1, 5):
         gaps = [min(np.linalg.norm(coarse[i, c] - coarse[j, taken[j]]) for j in range(i)) for c in range(6)]
         taken.append(int(np.argmax(gaps)))
-    assert torch.equal(farthest(candidates), torch.stack([candidates[i, c] for i, c in enumerate(taken)]))
+    assert torch.equal(farthest_candidates(candidates), torch.stack([candidates[i, c] for i, c in enumerate(taken)]))
     assert set(taken) != {0}
 
 
@@ -302,7 +302,7 @@ def test_farther_noises_come_from_the_callers_generators(pipe):
         pipe("cat face", num_inference_steps=1, output_type="latent")
     own = [torch.Generator().manual_seed(seed) for seed in range(3)]
     drawn = torch.stack([prepare(3, 4, 128, 128, torch.float32, torch.device("cpu"), own) for _ in range(5)], dim=1)
-    assert torch.equal(noises[0], farthest(drawn))
+    assert torch.equal(noises[0], farthest_candidates(drawn))
     assert torch.equal(noises[0][0], drawn[0, 0])
     with pytest.raises(ValueError, match="number of candidates"):
         FarthestNoise(1.5)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from shielded.evaluation.encoder import Encoder, to_pixels
+from shielded.evaluation.encoder import Encoder, encoder_pixels
 
 WORDS = ["red", "heart", "cat", "face"]
 
@@ -72,8 +72,8 @@ def test_pil_images_and_tensors_agree(encoder, size):
 def test_pixels_are_area_means():
     image = as_tensor(pictures(1))
     expected = image.reshape(1, 3, 64, 2, 64, 2).double().mean(dim=(3, 5))
-    torch.testing.assert_close(to_pixels(image).double(), expected, rtol=0, atol=1e-6)
-    assert torch.equal(to_pixels(torch.full((1, 3, 64, 64), 1.2)), torch.ones(1, 3, 64, 64))
+    torch.testing.assert_close(encoder_pixels(image).double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(encoder_pixels(torch.full((1, 3, 64, 64), 1.2)), torch.ones(1, 3, 64, 64))
 
 
 def test_pil_images_of_different_sizes_and_modes_go_together(encoder):
@@ -85,7 +85,7 @@ def test_pil_images_of_different_sizes_and_modes_go_together(encoder):
 def test_features_do_not_depend_on_the_batch(encoder, monkeypatch):
     images, prompts = as_tensor(pictures(5)), ["red heart", "", "cat face", "xyz"]
     singly = torch.cat([encoder.image_features(image[None]) for image in images])
-    monkeypatch.setattr("shielded.evaluation.encoder._BATCH", 2)
+    monkeypatch.setattr("shielded.evaluation.encoder._MAX_IMAGES_PER_PASS", 2)
     torch.testing.assert_close(encoder.image_features(images), singly, rtol=0, atol=1e-5)
     alone = torch.cat([encoder.text_features([prompt]) for prompt in prompts])
     torch.testing.assert_close(encoder.text_features(prompts), alone, rtol=0, atol=1e-6)

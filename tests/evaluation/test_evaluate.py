@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from shielded.cli import app
-from shielded.evaluation.features import features
+from shielded.evaluation.extractors import features
 from shielded.evaluation.metrics import frechet_distance, precision_recall, vendi
 
 runner = CliRunner()

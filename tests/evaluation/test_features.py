@@ -17,7 +17,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from shielded.evaluation.features import features
+from shielded.evaluation.extractors import features
 
 SIZE = 28
 
@@ -77,7 +77,7 @@ def test_clip_matches_the_model_itself(clip):
 def test_tensors_and_batches_give_the_same_clip_features(clip, monkeypatch):
     found = features("clip", str(clip))
     whole = found.image_features(pictures())
-    monkeypatch.setattr("shielded.evaluation.features._BATCH", 2)
+    monkeypatch.setattr("shielded.evaluation.extractors._MAX_IMAGES_PER_PASS", 2)
     torch.testing.assert_close(found.image_features(as_tensor(pictures())), whole)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shielded.evaluation.compare import compare
+from shielded.evaluation.comparison import compare
 from shielded.evaluation.metrics import (
     bootstrap_interval,
     caption_score,
@@ -127,7 +127,7 @@ def test_a_set_of_copies_is_precise_but_reaches_one_reference_only():
 def test_results_do_not_depend_on_the_block_size(monkeypatch):
     generated, reference = normal(23, 3, shift=0.5), normal(31, 3, seed=5)
     whole = (*precision_recall(generated, reference), *density_coverage(generated, reference))
-    monkeypatch.setattr("shielded.evaluation.metrics._ROWS", 4)
+    monkeypatch.setattr("shielded.evaluation.metrics._MAX_ROWS_PER_BLOCK", 4)
     assert (*precision_recall(generated, reference), *density_coverage(generated, reference)) == whole
 
 

@@ -19,11 +19,11 @@ from shielded.cli import app
 from shielded.evaluation.baselines import Plain
 from shielded.evaluation.metrics import frechet_distance, precision_recall, vendi
 from shielded.evaluation.reproduce import SWEEPS, Setting, Study, emoji_prompts, reproduce, write_section
-from shielded.evaluation.reproduce.experiments import best, levels, radii, shielding, verdict
-from shielded.evaluation.reproduce.measures import Measured, flat, front, hypervolume
-from shielded.evaluation.reproduce.plots import plot
-from shielded.evaluation.reproduce.reference import Reference, real_images
-from shielded.evaluation.reproduce.report import markdown, page
+from shielded.evaluation.reproduce.experiments import levels, radii, shielding, variety_setting, verdict
+from shielded.evaluation.reproduce.measures import SettingMetrics, flatten_row, front, hypervolume
+from shielded.evaluation.reproduce.plots import plot_result
+from shielded.evaluation.reproduce.reference import ReferenceImages, real_images
+from shielded.evaluation.reproduce.report import html_page, markdown
 from shielded.evaluation.reproduce.study import trace_tensors
 from shielded.generation import generate
 from shielded.models import load
@@ -186,7 +186,7 @@ def made_up_cells(prompts=5, seeds=2, images=6, seed=0, shift=0.0):
 
 def test_metrics_are_per_prompt_then_averaged_and_frechet_is_over_all():
     cells, reference = made_up_cells()
-    found = Measured(cells, reference).estimates()
+    found = SettingMetrics(cells, reference).estimates()
     by_prompt = [(cells[p], cells[5 + p], reference[p]) for p in range(5)]
     scores = [(vendi(a["features"]) + vendi(b["features"])) / 2 for a, b, _ in by_prompt]
     assert found["vendi"]["value"] == pytest.approx(np.mean(scores))
@@ -205,7 +205,7 @@ def test_metrics_are_per_prompt_then_averaged_and_frechet_is_over_all():
 def test_changes_are_paired_by_prompt_and_relative_for_vendi_and_frechet():
     cells, reference = made_up_cells()
     others, _ = made_up_cells(seed=5, shift=0.5)
-    plain, moved = Measured(cells, reference), Measured(others, reference)
+    plain, moved = SettingMetrics(cells, reference), SettingMetrics(others, reference)
     change = moved.changes(plain)
     assert change["vendi"]["value"] == pytest.approx(
         moved.estimates()["vendi"]["value"] / plain.estimates()["vendi"]["value"] - 1
@@ -232,7 +232,7 @@ def test_the_front_and_its_area_match_brute_force():
 
 
 def test_the_verdict_says_who_wins_and_where_we_lose():
-    ours = best(1.0).label
+    ours = variety_setting(1.0).label
     fronts = [
         {"across": "recall", "up": "precision", "label": ours, "hypervolume": 0.5},
         {"across": "recall", "up": "precision", "label": "CADS", "hypervolume": 0.7},
@@ -312,7 +312,7 @@ def test_prompts_repeat_and_have_enough_references(archive, pipe, tmp_path):
     made = study(tmp_path, pipe)
     made.prompts = ["anchor"]
     with pytest.raises(ValueError, match="fewer than 4 images"):
-        Reference(made, archive)
+        ReferenceImages(made, archive)
 
 
 # Experiments --------------------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_shielding_moves_images_out(results):
 
 def test_shielding_protects_plain_images_of_other_seeds_without_a_reference(pipe, tmp_path):
     made = study(tmp_path, pipe)
-    result = shielding(made, Reference(made), radius=5.0)
+    result = shielding(made, ReferenceImages(made), radius=5.0)
     assert result["protected"] == 2 * len(PROMPTS) * 4
     assert result["radius"] == 5.0
 
@@ -408,19 +408,25 @@ def test_json_csv_page_and_table_hold_the_result(results, name):
 
 def test_nested_rows_become_columns():
     row = {"label": "a", "vendi": {"value": 1.5, "low": 1.0}, "change": {"vendi": {"value": 0.2, "low": 0.1}}}
-    assert flat(row) == {"label": "a", "vendi": 1.5, "vendi_low": 1.0, "change_vendi": 0.2, "change_vendi_low": 0.1}
+    assert flatten_row(row) == {
+        "label": "a",
+        "vendi": 1.5,
+        "vendi_low": 1.0,
+        "change_vendi": 0.2,
+        "change_vendi_low": 0.1,
+    }
 
 
 @pytest.mark.parametrize("name", ["diversity", "tradeoff", "sparsity", "shielding"])
 def test_plots_show_every_point(results, name, tmp_path):
     pytest.importorskip("matplotlib")
     found = results[1][name]
-    files = plot(found, tmp_path)
+    files = plot_result(found, tmp_path)
     assert files
     for file in files:
         assert Image.open(file.with_suffix(".png")).width > 300
         assert "<svg" in file.read_text()
-    text = page(found, files)
+    text = html_page(found, files)
     assert text.count("<svg") == len(files)
     if name == "tradeoff":
         svg = files[0].read_text()
@@ -429,8 +435,8 @@ def test_plots_show_every_point(results, name, tmp_path):
 
 def test_plots_without_matplotlib_are_one_clear_sentence(results, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"shielded\[plot\]"):
-        plot(results[1]["diversity"], tmp_path)
+    with pytest.raises(ModuleNotFoundError, match=r"'\.\[plot\]'"):
+        plot_result(results[1]["diversity"], tmp_path)
 
 
 def test_a_section_of_the_documentation_is_renewed(results, tmp_path):

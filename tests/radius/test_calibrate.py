@@ -582,7 +582,7 @@ def test_numbers_come_without_matplotlib(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = run("--protect", files[1], "--seeds", 0, "--steps", 2, "--sample", 1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "needs matplotlib" in result.stdout
+    assert "plots need the extra `plot`" in result.stdout
     assert "Suggested radius" in result.stdout
     assert not (tmp_path / "radius.png").exists()
 

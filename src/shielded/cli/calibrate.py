@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shielded._extras import missing
 from shielded.cli.options import (
     AsJson,
     Debug,
@@ -28,32 +29,30 @@ from shielded.models import DEFAULT_MODEL
 def calibrate(
     out: Out = Path("calibration"),
     model: Model = DEFAULT_MODEL,
-    protect: Annotated[Path | None, typer.Option(metavar="SET", help="The protected set to choose radii for.")] = None,
+    protect: Annotated[Path | None, typer.Option(metavar="SET", help="Protected set to choose radii for.")] = None,
     images: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATH",
-            help="Where the set's pictures are now or, without a set, pictures to measure among; may be repeated.",
+            help="Where the set's image files are now or, without a set, images to measure; may be repeated.",
         ),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A prompt per line, for plain images; default: captions of emoji."),
+        typer.Option(metavar="FILE", help="Prompts for plain images, one per line; default: captions of emoji."),
     ] = None,
     seeds: Annotated[int, typer.Option(metavar="N", min=0, help="Plain images per prompt; 0 for none.")] = 4,
     false_alarms: Annotated[
-        float, typer.Option(metavar="X", help="Share of other pictures that may lie within.")
+        float, typer.Option(metavar="X", help="Tolerated share of unrelated images within the radius.")
     ] = 0.01,
     radius: Annotated[
         float | None,
         typer.Option(metavar="R", callback=positive, help="Report on this radius instead of suggesting one."),
     ] = None,
     per_image: Annotated[
-        bool, typer.Option("--per-image", metavar="", help="Also a radius for each protected picture (radii.csv).")
+        bool, typer.Option("--per-image", metavar="", help="Also write a radius for each protected image (radii.csv).")
     ] = False,
-    sample: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Pictures to change and encode again, at most.")
-    ] = 100,
+    sample: Annotated[int, typer.Option(metavar="N", min=1, help="Most images to alter and encode again.")] = 100,
     seed: Seed = 0,
     steps: Steps = 25,
     device: Device = None,
@@ -111,7 +110,7 @@ def _summary(result: dict[str, Any], out: Path) -> str:
     if result["plot"]:
         lines.append(f"Plot: {out / 'radius.png'}")
     else:
-        lines.append("No plot: that needs matplotlib (pip install matplotlib).")
+        lines.append(f"No plot: {missing('plots', 'plot')}")
     return "\n".join(lines)
 
 
@@ -138,9 +137,9 @@ def _protection(result: dict[str, Any]) -> list[str]:
 
 
 def _copies(result: dict[str, Any]) -> list[str]:
-    """A row per kind of change, a column per radius."""
+    """Format a row per kind of change, a column per radius."""
     found = result["protection"]
-    columns = {}  # few pictures: several rates share a radius
+    columns = {}  # with few images, several rates share a radius
     for row in [found, *found["table"]]:
         columns.setdefault(round(row["radius"], 9), row)
     names = [f"r = {radius:.3g}" if row is found else f"{radius:.3g}" for radius, row in columns.items()]
@@ -153,10 +152,10 @@ def _copies(result: dict[str, Any]) -> list[str]:
     rows["false alarms"] = [f"{row['false_alarms']:.1%}" for row in columns.values()]
     if found["generations"] is not None:
         rows["plain images"] = [f"{row['generations']:.0%}" for row in columns.values()]
-    wide = max(map(len, rows))
+    width = max(map(len, rows))
     return [
         f"Share within the radius, for each kind of change {result['changed_pictures']} changed copies:",
-        *(f"{name:{wide}}" + "".join(f"{cell:>10}" for cell in cells) for name, cells in rows.items()),
+        *(f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells) for name, cells in rows.items()),
     ]
 
 
@@ -164,12 +163,12 @@ def _diversity(result: dict[str, Any]) -> list[str]:
     found = result["diversity"]
     if found is None:
         return []
-    of_one = f", and {found['same_prompt'] or 0:.0%} of {found['pairs_same_prompt']} pairs of one prompt"
+    same_prompt = f", and {found['same_prompt'] or 0:.0%} of {found['pairs_same_prompt']} pairs of one prompt"
     return [
         "",
         f"Suggested radius for diversity: {found['radius']:.4g} ({found['radius_per_sqrt_dim']:.3f} per √dim). "
         f"{found['other_prompt']:.1%} of {found['pairs_other_prompt']} pairs of plain images of different prompts are "
-        f"closer than that{of_one if found['pairs_same_prompt'] else ''}.",
+        f"closer than that{same_prompt if found['pairs_same_prompt'] else ''}.",
     ]
 
 

@@ -40,8 +40,8 @@ def evaluate(
     Example: shielded evaluate images/ photos/ --features clip
     """
     with errors(debug):
-        from shielded.evaluation.compare import compare
-        from shielded.evaluation.features import features as extractor
+        from shielded.evaluation.comparison import compare
+        from shielded.evaluation.extractors import features as extractor
 
         sets = [_images(path) for path in (generated, reference)]
         fewest = min(map(len, sets))

@@ -20,19 +20,19 @@ class Experiment(StrEnum):
 
 
 def reproduce(
-    experiment: Annotated[Experiment, typer.Argument(metavar="EXPERIMENT", help="Which one.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Results; continued if stopped.")] = Path("study"),
+    experiment: Annotated[Experiment, typer.Argument(metavar="EXPERIMENT", help="Experiment of the paper.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Results; a stopped run continues.")] = Path("study"),
     model: Model = DEFAULT_MODEL,
-    prompts: Annotated[str, typer.Option(metavar="N|FILE", help="Captions of emoji, or a text file.")] = "100",
-    images: Annotated[int, typer.Option(metavar="N", min=4, help="Images of each prompt and seed.")] = 16,
+    prompts: Annotated[str, typer.Option(metavar="N|FILE", help="Number of emoji's captions, or a text file.")] = "100",
+    images: Annotated[int, typer.Option(metavar="N", min=4, help="Images per prompt and seed.")] = 16,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Number of seeds.")] = 3,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of the sampler; default: enough for the model.")
+        int | None, typer.Option(metavar="N", min=1, help="Sampler steps; default: enough for the model.")
     ] = None,
-    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Of tradeoff; default: all.")] = None,
+    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Methods of tradeoff; default: all.")] = None,
     radius: Annotated[
         float | None,
-        typer.Option(metavar="R", callback=positive, help="Of the shields; default: measured, or the preset's."),
+        typer.Option(metavar="R", callback=positive, help="Shield radius; default: measured, or the preset's."),
     ] = None,
     reference: Annotated[
         Path | None,
@@ -40,12 +40,14 @@ def reproduce(
     ] = None,
     features: Annotated[
         Literal["emoji", "clip", "dinov2", "inception"] | None,
-        typer.Option(metavar="NAME", help="emoji, clip, dinov2, inception; default: by model."),
+        typer.Option(metavar="NAME", help="Features for metrics: emoji, clip, dinov2 or inception; default: by model."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Images made at once; default: all of a prompt.")
+        int | None, typer.Option(metavar="N", min=2, help="Images sampled at once; default: all of a prompt.")
     ] = None,
-    docs: Annotated[Path | None, typer.Option(metavar="FILE", help="Renew its section of a Markdown file.")] = None,
+    docs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Markdown file with a section for the result.")
+    ] = None,
     plots: Annotated[bool, typer.Option(metavar="", help="Draw plots; needs matplotlib.")] = True,
     device: Device = None,
     as_json: AsJson = False,
@@ -57,7 +59,7 @@ def reproduce(
     """
     with errors(debug):
         if methods is not None and experiment is not Experiment.tradeoff:
-            raise UsageError("--methods is of tradeoff alone.")
+            raise UsageError("--methods applies to tradeoff only.")
         from shielded.evaluation import reproduce as job
         from shielded.models import preset_of
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shielded.cli.options import AsJson, Debug, Device, Model, errors, positive, show, why
 from shielded.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from shielded.certificates import Verified
 
 
 def verify(
@@ -18,17 +21,19 @@ def verify(
     radius: Annotated[
         float | None,
         typer.Option(
-            metavar="R", callback=positive, help="Of every shield; default: the set's own radii, or the certificate's."
+            metavar="R",
+            callback=positive,
+            help="Shield radius; default: the set's radii, or the certificate's.",
         ),
     ] = None,
     certified: Annotated[
-        bool, typer.Option("--certified", metavar="", help="An image without a certificate is a failure, too.")
+        bool, typer.Option("--certified", metavar="", help="Fail on images without a certificate.")
     ] = False,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure images against a protected set, and check their certificates and the audit log beside them.
+    """Measure images against a protected set, and check their certificates and audit log.
 
     Exit code 1 if an image lies inside a shield, or a certificate or a log does not hold.
 
@@ -58,9 +63,7 @@ def verify(
         lines = []
         for image in verified:
             where = f"{'inside' if image.inside else 'outside'}, {image.distance:.2f} from {image.nearest_id}"
-            paper = "certificate holds" if image.certified else "no certificate"
-            paper = "; ".join(image.problems) or paper
-            lines.append(f"{image.image}: {where} (radius {image.radius:g}); {paper}")
+            lines.append(f"{image.image}: {where} (radius {image.radius:g}); {_finding(image)}")
         lines += [f"{path}: {'; '.join(problems) or 'holds'}" for path, problems in logs.items()]
         result = {
             "n": len(verified),
@@ -73,3 +76,7 @@ def verify(
         show(result, as_json, "\n".join(lines))
         if result["leaks"] or result["failed_certificates"] or bad_logs or skipped:
             raise typer.Exit(1)
+
+
+def _finding(image: Verified) -> str:
+    return "; ".join(image.problems) or ("certificate holds" if image.certified else "no certificate")

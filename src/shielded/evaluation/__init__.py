@@ -1,1 +1,1 @@
-"""Metrics of diversity and quality, and the encoder of the embedded model's domain that they run on."""
+"""Measure generated images: metrics and the features they are taken of, baselines, and the paper's experiments."""

@@ -1,7 +1,7 @@
-"""A small image and text encoder of the embedded model's domain, trained contrastively as in CLIP.
+"""Small image and text encoder for the embedded model's domain, trained contrastively as in CLIP.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision". It gives caption scores
-and features for the metrics where no network is at hand; `training/contrastive.py` trains it.
+and features for the metrics without a network connection; `training/contrastive.py` trains it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,14 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from shielded.files import replacing
 from shielded.models import preset_of
 
-SIZE = 64  # pixels of a side that the image tower looks at
-_BATCH = 256  # images that pass through the tower at once
+SIZE = 64  # height and width of the image tower's input, in pixels
+_MAX_IMAGES_PER_PASS = 256
 
 
 class Block(nn.Module):
-    """A residual 3x3 convolution."""
+    """Residual 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -33,11 +35,15 @@ class Block(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (n, C, H, W) to the same shape."""
         return x + self.conv(F.silu(self.norm(x)))
 
 
 def image_tower(channels: Sequence[int], dim: int) -> nn.Sequential:
-    """(n, 3, 64, 64) -> (n, dim): each of the `channels` halves the resolution; the mean over space is projected."""
+    """Build the network (n, 3, 64, 64) -> (n, dim).
+
+    Each of the `channels` halves the resolution; the mean over space is projected to `dim`.
+    """
     layers: list[nn.Module] = []
     for level, (before, after) in enumerate(zip((3, *channels), channels, strict=False)):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(after // 16, after), nn.SiLU()]
@@ -48,14 +54,14 @@ def image_tower(channels: Sequence[int], dim: int) -> nn.Sequential:
     return nn.Sequential(*layers, *head)
 
 
-def to_pixels(images: Sequence[Image.Image] | Tensor) -> Tensor:
-    """Images as (n, 3, 64, 64) float32 in [-1, 1], resized by area.
+def encoder_pixels(images: Sequence[Image.Image] | Tensor) -> Tensor:
+    """Convert images to (n, 3, 64, 64) float32 in [-1, 1], resized by area.
 
     Args:
         images: PIL images of any size, or a float tensor (n, 3, H, W) in [-1, 1].
 
     Raises:
-        TypeError: neither of the two.
+        TypeError: neither PIL images nor a tensor.
         ValueError: no image, another shape, or values that are not finite or clearly outside [-1, 1].
     """
     if len(images) == 0:
@@ -64,7 +70,7 @@ def to_pixels(images: Sequence[Image.Image] | Tensor) -> Tensor:
         if not all(isinstance(image, Image.Image) for image in images):
             raise TypeError("images must be a list of PIL images or a tensor (n, 3, H, W) in [-1, 1].")
         arrays = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
-        return torch.cat([to_pixels(array[None] / 127.5 - 1) for array in arrays])
+        return torch.cat([encoder_pixels(array[None] / 127.5 - 1) for array in arrays])
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"images must be float of shape (n, 3, H, W), got {images.dtype} {tuple(images.shape)}: "
@@ -81,12 +87,12 @@ def to_pixels(images: Sequence[Image.Image] | Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Image and text towers with a common, normalised feature space.
 
-    The text tower is the mean of the token embeddings and two linear layers: captions are a few words, whose order
+    The text tower is the mean of the token embeddings and two linear layers: captions are short, and their word order
     says little.
 
     Args:
-        tokenizer: the text-to-image model's own.
-        channels: of the image tower, one for each halving of the resolution; multiples of 16.
+        tokenizer: the tokenizer of the text-to-image model.
+        channels: of the image tower, one per halving of the resolution; multiples of 16.
         dim: number of features.
     """
 
@@ -99,11 +105,11 @@ class Encoder(nn.Module):
         self.text = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Features (n, d) of (n, 3, 64, 64) in [-1, 1], with gradients."""
+        """Compute features (n, d) of pixels (n, 3, 64, 64) in [-1, 1], with gradients."""
         return F.normalize(self.image(pixels).float(), dim=1)
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Features (n, d) of prompts, with gradients."""
+        """Compute features (n, d) of n prompts, with gradients."""
         bags = self.tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
         device = self.tokens.weight.device
         ends = torch.tensor([len(bag) for bag in bags]).cumsum(0)
@@ -113,7 +119,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
-        """Features of images, comparable with each other and with `text_features` by their dot product.
+        """Compute features of images, comparable with each other and with `text_features` by their dot product.
 
         Args:
             images: PIL images of any size, or a float tensor (n, 3, H, W) in [-1, 1]; resized to 64x64 by area.
@@ -125,12 +131,12 @@ class Encoder(nn.Module):
             TypeError: neither PIL images nor a tensor.
             ValueError: no image, another shape or range.
         """
-        pixels = to_pixels(images).to(self.tokens.weight.device)
-        return torch.cat([self.embed_images(batch) for batch in pixels.split(_BATCH)])
+        pixels = encoder_pixels(images).to(self.tokens.weight.device)
+        return torch.cat([self.embed_images(batch) for batch in pixels.split(_MAX_IMAGES_PER_PASS)])
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Features of prompts.
+        """Compute features of prompts.
 
         Returns:
             (n, d) float32 of unit norm.
@@ -152,10 +158,12 @@ class Encoder(nn.Module):
         weights = {
             name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()
         }
-        save_file(weights, folder / "model.safetensors.tmp")
-        (folder / "config.json.tmp").write_text(json.dumps(self.config, indent=2) + "\n")
-        for name in ("model.safetensors", "config.json"):
-            (folder / f"{name}.tmp").replace(folder / name)
+        with (
+            replacing(folder / "config.json") as config_draft,
+            replacing(folder / "model.safetensors") as weights_draft,
+        ):
+            save_file(weights, weights_draft)
+            config_draft.write_text(json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, tokenizer: CLIPTokenizer | str | Path) -> Encoder:
@@ -163,7 +171,7 @@ class Encoder(nn.Module):
 
         Args:
             folder: with `config.json` and `model.safetensors`.
-            tokenizer: the one it was trained with, or its folder.
+            tokenizer: the tokenizer that the encoder was trained with, or its folder.
 
         Raises:
             FileNotFoundError: the folder does not hold an encoder.
@@ -173,8 +181,8 @@ class Encoder(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no encoder, {name} is missing: train one or check the path.")
-        if isinstance(tokenizer, (str, Path)):
-            tokenizer = CLIPTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+        if isinstance(tokenizer, str | Path):
+            tokenizer = cast(CLIPTokenizer, CLIPTokenizer.from_pretrained(str(tokenizer), local_files_only=True))
         config = json.loads((folder / "config.json").read_text())
         if len(tokenizer) != config["vocab_size"]:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Quality and diversity of a set of images, as functions of their features.
+"""Measure quality and diversity of a set of images by their features.
 
-Features are (n, d) tensors from any encoder; every row is one image. All computation is in float64. The distances are
-Euclidean and nothing is normalised unless stated: precision, recall, density, coverage and the Fréchet distance take
-the features as they are.
+Features are (n, d) tensors from any encoder; every row is one image. All computation is in float64. Distances are
+Euclidean, and features are normalised only where stated: precision, recall, density, coverage and the Fréchet distance
+do not normalise them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-_ROWS = 1024  # rows of a distance matrix held at once
-_ZERO = 1e-12  # eigenvalues below this share of the sum are rounding noise
+_MAX_ROWS_PER_BLOCK = 1024  # of a distance matrix
+_MIN_EIGENVALUE_SHARE = 1e-12  # of the sum; smaller eigenvalues are rounding noise
 
 
 def _checked(features: Tensor, name: str, at_least: int = 1) -> Tensor:
@@ -46,25 +46,32 @@ def _normalised(features: Tensor) -> Tensor:
 
 
 def vendi(features: Tensor, q: float = 1.0) -> float:
-    """Vendi score: the effective number of different rows, from 1 (all alike) to n (all orthogonal).
+    """Compute the Vendi score: the effective number of different rows, from 1 (all alike) to n (all orthogonal).
 
-    The exponential of the Rényi entropy of order q of the eigenvalues of K/n, with K the cosine similarities.
+    It is the exponential of the Rényi entropy of order q of the eigenvalues of K/n, with K the cosine similarities.
     Friedman and Dieng 2023, "The Vendi Score" (q = 1); Pasarkar and Dieng 2024, "Cousins of the Vendi Score".
 
     Args:
         features: (n, d), n ≥ 1.
         q: order, 0 ≤ q ≤ inf. Small orders are sensitive to rare rows, large ones only to the most common.
 
+    Returns:
+        The score, from 1 to n.
+
     Raises:
         ValueError: no rows, not finite, a row of zeros, or q < 0.
+
+    Example:
+        >>> round(vendi(torch.eye(4)), 6), round(vendi(torch.ones(4, 2)), 6)
+        (4.0, 1.0)
     """
     if not q >= 0:
         raise ValueError(f"q must be at least 0, got {q}.")
     rows = _normalised(_checked(features, "features"))
     n, d = rows.shape
-    gram = rows @ rows.T if n <= d else rows.T @ rows  # the same eigenvalues but for zeros
+    gram = rows @ rows.T if n <= d else rows.T @ rows  # equal but for eigenvalues of zero
     share = torch.linalg.eigvalsh(gram / n)
-    share = share[share > _ZERO]
+    share = share[share > _MIN_EIGENVALUE_SHARE]
     if q == 1:
         entropy = -(share * share.log()).sum()
     elif math.isinf(q):
@@ -75,7 +82,7 @@ def vendi(features: Tensor, q: float = 1.0) -> float:
 
 
 def mean_pairwise_similarity(features: Tensor) -> float:
-    """Mean cosine similarity of all pairs of different rows: 1 where all are alike; lower is more diverse.
+    """Compute the mean cosine similarity of all pairs of different rows: 1 if all are alike; lower is more diverse.
 
     Args:
         features: (n, d), n ≥ 2.
@@ -89,13 +96,13 @@ def mean_pairwise_similarity(features: Tensor) -> float:
 
 
 def _distance_blocks(points: Tensor, others: Tensor) -> Iterator[Tensor]:
-    """Distances (rows of points, others), without the matmul trick: copies must be at distance exactly 0."""
-    for rows in points.split(_ROWS):
+    """Yield distances (rows of points, others), without the matmul trick: copies must be at distance exactly 0."""
+    for rows in points.split(_MAX_ROWS_PER_BLOCK):
         yield torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _neighbour_radius(points: Tensor, k: int) -> Tensor:
-    """Distance (n,) from each row to its k-th nearest other row."""
+    """Return the distance (n,) from each row to its k-th nearest other row."""
     return torch.cat([block.kthvalue(k + 1, dim=1).values for block in _distance_blocks(points, points)])
 
 
@@ -106,7 +113,7 @@ def _checked_neighbours(generated: Tensor, reference: Tensor, k: int) -> tuple[T
 
 
 def manifold_rows(generated: Tensor, reference: Tensor, k: int = 5) -> dict[str, Tensor]:
-    """What precision, recall, density and coverage are the means of, for intervals and single images.
+    """Compute the values per image whose means are precision, recall, density and coverage.
 
     Args:
         generated: (n, d), n > k.
@@ -114,7 +121,7 @@ def manifold_rows(generated: Tensor, reference: Tensor, k: int = 5) -> dict[str,
         k: which neighbour sets the radius of a ball.
 
     Returns:
-        float64 "precision" and "density", (n,) one value a generated row; "recall" and "coverage", (m,) one value a
+        float64 "precision" and "density", (n,) for each generated row; "recall" and "coverage", (m,) for each
         reference row.
 
     Raises:
@@ -134,7 +141,7 @@ def manifold_rows(generated: Tensor, reference: Tensor, k: int = 5) -> dict[str,
 
 
 def precision_recall(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
-    """Improved precision and recall: shares of one set inside the k-nearest-neighbour balls of the other.
+    """Compute improved precision and recall: shares of one set inside the k-nearest-neighbour balls of the other.
 
     Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", Equations 1-2.
 
@@ -144,20 +151,26 @@ def precision_recall(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[
         k: which neighbour sets the radius of a ball.
 
     Returns:
-        precision (generated rows that look like the reference) and recall (reference rows that are reached).
+        Precision, the share of generated rows that look like the reference, and recall, the share of reference rows
+        that the generated ones reach.
 
     Raises:
         ValueError: too few rows, different d, not finite, or k < 1.
+
+    Example:
+        >>> reference = torch.tensor([[0.0], [1.0], [5.0], [6.0]])
+        >>> precision_recall(torch.tensor([[0.4], [0.6]]), reference, k=1)
+        (1.0, 0.0)
     """
     rows = manifold_rows(generated, reference, k)
     return rows["precision"].mean().item(), rows["recall"].mean().item()
 
 
 def density_coverage(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
-    """Density and coverage: both count generated rows in the k-nearest-neighbour balls of the reference.
+    """Compute density and coverage: both count generated rows in the k-nearest-neighbour balls of the reference.
 
-    Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models"; a point on the
-    surface of a ball counts as inside.
+    Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models". A point on the surface of a ball
+    counts as inside.
 
     Args:
         generated: (n, d), n > k.
@@ -165,8 +178,8 @@ def density_coverage(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[
         k: which neighbour sets the radius of a ball.
 
     Returns:
-        density (mean number of balls around a generated row over k; may pass 1) and coverage (share of the balls
-        that hold a generated row).
+        Density, the mean number of balls around a generated row over k (it may pass 1), and coverage, the share of the
+        balls that hold a generated row.
 
     Raises:
         ValueError: too few rows, different d, not finite, or k < 1.
@@ -176,8 +189,9 @@ def density_coverage(generated: Tensor, reference: Tensor, k: int = 5) -> tuple[
 
 
 def frechet_distance(generated: Tensor, reference: Tensor) -> float:
-    """Squared Fréchet distance ‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½) of Gaussians fitted to the rows; FID's formula.
+    """Compute the squared Fréchet distance between Gaussians fitted to the rows, the formula of FID.
 
+    It is ‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½).
     Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
     Equation 6. It is FID only on the features of that paper's Inception network. Biased upwards for small n.
 
@@ -201,13 +215,13 @@ def frechet_distance(generated: Tensor, reference: Tensor) -> float:
 
 
 def caption_score(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Cosine similarity of each image to its prompt; the CLIP score without its factor and clipping.
+    """Compute the cosine similarity of each image to its prompt, the CLIP score without its factor and clipping.
 
     Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning".
 
     Args:
         image_features: (n, d).
-        text_features: (n, d), or (1, d) for one prompt of all images.
+        text_features: (n, d), or (1, d) for a prompt that all images share.
 
     Returns:
         (n,) float64 in [-1, 1].
@@ -225,7 +239,7 @@ def caption_score(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def nearest_distance(generated: Tensor, reference: Tensor) -> Tensor:
-    """Distance from each generated row to the nearest reference row; 0 for an exact copy.
+    """Compute the distance from each generated row to the nearest reference row; 0 for an exact copy.
 
     Args:
         generated: (n, d).
@@ -236,24 +250,32 @@ def nearest_distance(generated: Tensor, reference: Tensor) -> Tensor:
 
     Raises:
         ValueError: no rows, different d, or not finite.
+
+    Example:
+        >>> nearest_distance(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+        tensor([4.4721, 0.0000], dtype=torch.float64)
     """
     generated, reference = _checked_pair(generated, reference)
     return torch.cat([block.amin(dim=1) for block in _distance_blocks(generated, reference)])
 
 
 def inside_shields(generated: Tensor, reference: Tensor, radius: float | Tensor) -> Tensor:
-    """Which generated rows lie inside a shield, the open ball of its radius around a reference row.
+    """Find the generated rows that lie inside a shield, the open ball of its radius around a reference row.
 
     Args:
         generated: (n, d), flattened latents.
         reference: (m, d).
-        radius: one number, or (m,).
+        radius: one number, or (m,) for each reference row.
 
     Returns:
         (n,) bool; its mean is the share inside shields.
 
     Raises:
         ValueError: no rows, different d, not finite, or a radius that is not positive or not one per reference.
+
+    Example:
+        >>> inside_shields(torch.tensor([[0.5, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 0.0]]), radius=2.0)
+        tensor([ True, False])
     """
     generated, reference = _checked_pair(generated, reference)
     radius = torch.as_tensor(radius, dtype=torch.float64, device=reference.device)
@@ -269,18 +291,18 @@ def inside_shields(generated: Tensor, reference: Tensor, radius: float | Tensor)
 def bootstrap_interval(
     values: Tensor, level: float = 0.95, generator: torch.Generator | None = None, resamples: int = 2000
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean.
+    """Compute the percentile bootstrap interval of the mean.
 
     Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
 
     Args:
-        values: (n,) one value per image, prompt or seed, n ≥ 2; they are taken as independent.
+        values: (n,) independent values, one per image, prompt or seed, n ≥ 2.
         level: share of the bootstrap means inside the interval, between 0 and 1.
-        generator: draws the resamples (on the CPU); None starts from seed 0, so that a report repeats.
+        generator: CPU generator for the resamples; None: a new one with seed 0, so that a report repeats.
         resamples: number of bootstrap means.
 
     Returns:
-        lower and upper end.
+        Lower and upper end.
 
     Raises:
         ValueError: fewer than two values, not a vector, not finite, or a level outside (0, 1).
@@ -302,19 +324,19 @@ def bootstrap_interval(
 def jackknife_interval(
     statistic: Callable[[Tensor], float], rows: Tensor, level: float = 0.95, groups: int = 20
 ) -> tuple[float, float]:
-    """Interval of a statistic of a whole set, such as the Vendi score or the Fréchet distance.
+    """Compute the interval of a statistic of a whole set, such as the Vendi score or the Fréchet distance.
 
     The grouped jackknife (Efron and Tibshirani 1993, chapter 11) leaves out one group of rows at a time. A bootstrap
-    would repeat rows, which these statistics take for a lack of diversity.
+    would repeat rows, and these statistics would count that as a lack of diversity.
 
     Args:
-        statistic: of rows (n, d).
-        rows: (n, d), in an order without meaning or with one prompt after another; groups are every `groups`-th row.
+        statistic: function of rows (n, d).
+        rows: (n, d), in random order or sorted by prompt; group i holds every `groups`-th row from row i on.
         level: of the normal interval around the statistic, between 0 and 1.
-        groups: at least 2; at most n are used.
+        groups: number of groups, at least 2; at most n are used.
 
     Returns:
-        lower and upper end.
+        Lower and upper end.
 
     Raises:
         ValueError: fewer than two rows or groups, or a level outside (0, 1).

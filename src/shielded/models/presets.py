@@ -44,7 +44,7 @@ class Preset:
         calibration: the denoising error measured on training images, as `Calibration.save` writes it; None: none.
         encoder: folder with an image and text encoder (`shielded.evaluation.encoder`) of the model's domain.
         tokenizer: folder with the encoder's tokenizer.
-        features: name of the features for metrics, a key of `shielded.evaluation.features.SOURCES`.
+        features: name of the features for metrics, a key of `shielded.evaluation.extractors.SOURCES`.
         study_sampler: diffusers scheduler class that `shielded reproduce` uses; None: the pipeline's own.
         study_steps: steps of that sampler; None: `steps`.
         formula_radius: radius at which the paper's formula works best, L2 divided by √dim; None: `radius`.

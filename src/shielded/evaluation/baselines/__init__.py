@@ -1,6 +1,6 @@
-"""Other ways to diversity, through the same door as `Spell`: `with method("cads", 0.25).attach(pipe): pipe(...)`.
+"""Other methods for diversity, with the interface of `Spell`: `with method("cads", 0.25).attach(pipe): pipe(...)`.
 
-Each is written from its paper alone. Strength 0 is the untouched pipeline, bit for bit.
+Each is written from its paper alone. At strength 0 the images are bit-identical to the plain pipeline's.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ __all__ = [
 
 
 def method(name: str, strength: float = 0.0, **options: Any) -> Any:
-    """A method by name, ready for `attach(pipe)`; after a run `finished` holds the final latents.
+    """Return a method by name, ready for `attach(pipe)`; after a run its `finished` holds the final latents.
 
     Args:
         name: a key of `METHODS`.
-        strength: what the method's own docstring says; for "spell" the radius. 0 changes nothing.
-        **options: the other options of that method.
+        strength: see the docstring of the method's class; for "spell" the radius. 0 changes nothing.
+        **options: further arguments of the method's class.
 
     Raises:
         ValueError: an unknown name, or a strength that is negative or not finite.

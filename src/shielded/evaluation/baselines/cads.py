@@ -1,4 +1,4 @@
-"""CADS: noise on the prompt, annealed away."""
+"""CADS: prompt embeddings with noise that is annealed away."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _CONDITIONS = ("encoder_hidden_states", "pooled_projections", "text_embeds")
 
 
 class CADS(Plain):
-    """The prompt embeddings carry noise early in sampling, so that images follow the prompt only later.
+    """Add noise to the prompt embeddings early in sampling, so that images follow the prompt only later.
 
     Sadat et al., "CADS: Unleashing the Diversity of Diffusion Models through Condition-Annealed Sampling", ICLR 2024,
-    Section 3.1. With t the share of the training timesteps that is left,
+    Section 3.1. With t the share of the training timesteps still to go,
 
         γ(t) = 1 for t ≤ τ1,  (τ2 − t)/(τ2 − τ1) in between,  0 for t ≥ τ2
         ŷ = √γ y + s √(1 − γ) n,   n fresh at each step
         y ← ψ rescaled(ŷ) + (1 − ψ) ŷ,   rescaled: with the mean and standard deviation of y
 
-    Only the embeddings of the prompt are changed, not those of the negative prompt.
+    The embeddings of the negative prompt are not changed.
 
     Args:
         strength: s, the noise scale.
         tau: (τ1, τ2).
         mixing: ψ.
-        seed: of the noise; runs of one object after another draw different noise.
+        seed: seed of the noise; successive runs of one object draw different noise.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class CADS(Plain):
         self.generator = torch.Generator().manual_seed(seed)
 
     def kept(self, t: float) -> float:
-        """γ: the share of the prompt that is left at time t."""
+        """Return γ, the share of the prompt at time t."""
         low, high = self.tau
         return min(1.0, max(0.0, (high - t) / (high - low)))
 
     def anneal(self, y: Tensor, gamma: float) -> Tensor:
-        """The embeddings y (B, *S) with noise, each row on its own."""
+        """Add noise to the embeddings y (B, *S), each row separately."""
         noise = torch.randn(y.shape, generator=self.generator).to(y.device, y.dtype)
         noisy = gamma**0.5 * y + self.strength * (1 - gamma) ** 0.5 * noise
         axes = tuple(range(1, y.ndim))
@@ -59,6 +59,7 @@ class CADS(Plain):
 
     @contextmanager
     def hooks(self, pipe: Any) -> Iterator[None]:
+        """Change the embeddings that the denoiser is called with."""
         steps = pipe.scheduler.config.num_train_timesteps
 
         def change(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -66,7 +67,7 @@ class CADS(Plain):
             if self.strength == 0 or gamma == 1:
                 return None
             guided = getattr(pipe, "do_classifier_free_guidance", False)
-            changed = self._with_noise(kwargs, gamma, guided)
+            changed: dict[str, Any] = dict(self._with_noise(kwargs, gamma, guided))
             if added := kwargs.get("added_cond_kwargs"):
                 changed["added_cond_kwargs"] = {**added, **self._with_noise(added, gamma, guided)}
             if "encoder_hidden_states" not in changed:

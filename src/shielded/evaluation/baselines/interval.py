@@ -1,4 +1,4 @@
-"""Interval Guidance: no guidance where the noise is high."""
+"""Interval Guidance: no guidance at high noise."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shielded.samplers.coefficients import step_state
 
 
 class IntervalGuidance(Plain):
-    """Classifier-free guidance acts only in an interval of noise levels; outside, the guidance scale is 1.
+    """Apply classifier-free guidance only in an interval of noise levels; outside, the guidance scale is 1.
 
     Kynkäänniemi et al., "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
-    Models", NeurIPS 2024. Guidance at high noise is what costs diversity. The negative prompt's prediction
-    is replaced by the prompt's own where guidance is off, so that any guidance scale gives the latter.
+    Models", NeurIPS 2024. Guidance at high noise costs diversity. Where guidance is off, the prompt's
+    prediction replaces that of the negative prompt, so that any guidance scale gives the former.
 
     Args:
         strength: width of the noisy end without guidance: it is off for t = σ/(α + σ) > 1 − strength; at 1 always.
@@ -33,6 +33,8 @@ class IntervalGuidance(Plain):
 
     @contextmanager
     def hooks(self, pipe: Any) -> Iterator[None]:
+        """Replace the prediction of the negative prompt outside the interval."""
+
         def change(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not getattr(pipe, "do_classifier_free_guidance", False):
                 raise TypeError(

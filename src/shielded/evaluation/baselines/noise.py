@@ -1,4 +1,4 @@
-"""Initial noises that are far apart."""
+"""Initial noise chosen to be far apart within a batch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from shielded.evaluation.baselines.plain import Plain
 
-_COARSE = 4  # cells of a side
+_GRID_SIZE = 4  # cells per side of the means that distances are measured between
 
 
 class FarthestNoise(Plain):
-    """Each image starts from the one of several noises that is farthest from those of the images before it.
+    """Start each image from the one of several noises that is farthest from those of the images before it.
 
-    The plain relative of methods that optimise the initial noise ("Diverse Text-to-Image Generation via Contrastive
-    Noise Optimization", arXiv 2510.03813): each noise is still a Gaussian draw, and nothing is differentiated.
-    Distances are between means over 4x4 cells, since the coarse part of the noise decides about the layout. The
-    candidates come from the caller's own generators; the first is the plain pipeline's noise.
+    It is the simple relative of methods that optimise the initial noise ("Diverse Text-to-Image Generation via
+    Contrastive Noise Optimization", arXiv 2510.03813): each noise is still a Gaussian draw, and nothing is
+    differentiated. Distances are between means over 4x4 cells, since the low frequencies of the noise decide the
+    layout. The candidates come from the caller's generators; the first is the plain pipeline's noise.
 
     Args:
-        strength: number of further candidates per image, a whole number; 0 changes nothing.
+        strength: number of additional candidates per image, a whole number; 0 changes nothing.
     """
 
     def __init__(self, strength: float) -> None:
@@ -34,6 +34,7 @@ class FarthestNoise(Plain):
 
     @contextmanager
     def hooks(self, pipe: Any) -> Iterator[None]:
+        """Choose the initial noise among several draws."""
         plain = getattr(pipe, "prepare_latents", None)
         if plain is None:
             raise TypeError(f"{type(pipe).__name__} has no prepare_latents to choose the initial noise in.")
@@ -42,7 +43,7 @@ class FarthestNoise(Plain):
             drawn = [plain(*args, **kwargs) for _ in range(self.candidates)]
             if not isinstance(drawn[0], Tensor) or drawn[0].ndim != 4:
                 raise TypeError(f"{type(pipe).__name__} does not start from (B, C, H, W) noise alone.")
-            return farthest(torch.stack(drawn, dim=1))
+            return farthest_candidates(torch.stack(drawn, dim=1))
 
         pipe.prepare_latents = prepare_latents
         try:
@@ -51,13 +52,22 @@ class FarthestNoise(Plain):
             del pipe.prepare_latents
 
 
-def farthest(candidates: Tensor) -> Tensor:
-    """Of candidates (B, M, C, H, W) one a row (B, C, H, W): the first, then greedily the farthest from those taken."""
+def farthest_candidates(candidates: Tensor) -> Tensor:
+    """Choose one of M candidates per row: the first row's first one, then greedily the farthest from those chosen.
+
+    Args:
+        candidates: (B, M, C, H, W).
+
+    Returns:
+        (B, C, H, W).
+    """
     coarse = (
-        F.adaptive_avg_pool2d(candidates.flatten(0, 1).float(), _COARSE).flatten(1).unflatten(0, candidates.shape[:2])
+        F.adaptive_avg_pool2d(candidates.flatten(0, 1).float(), _GRID_SIZE)
+        .flatten(1)
+        .unflatten(0, candidates.shape[:2])
     )
-    taken = [0]
+    chosen = [0]
     for row in range(1, len(candidates)):
-        others = coarse[torch.arange(row, device=coarse.device), taken]
-        taken.append(int(torch.cdist(coarse[row], others).amin(dim=1).argmax()))
-    return candidates[torch.arange(len(candidates), device=candidates.device), taken]
+        others = coarse[torch.arange(row, device=coarse.device), chosen]
+        chosen.append(int(torch.cdist(coarse[row], others).amin(dim=1).argmax()))
+    return candidates[torch.arange(len(candidates), device=candidates.device), chosen]

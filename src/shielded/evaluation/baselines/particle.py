@@ -9,7 +9,7 @@ from shielded.evaluation.baselines.plain import Plain, pairwise, weighted_offset
 
 
 class ParticleGuidance(Plain):
-    """Images of a batch push each other apart by the gradient of a sum of RBF kernels.
+    """Push the images of a batch apart by the gradient of a sum of RBF kernels.
 
     Corso et al., "Particle Guidance: non-I.I.D. Diverse Sampling with Diffusion Models", ICLR 2024; the joint
     potential with the RBF kernel and its median bandwidth:
@@ -31,14 +31,14 @@ class ParticleGuidance(Plain):
 
     def __call__(self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool = False) -> Tensor:
         x = x0.flatten(1)
-        squared, together = pairwise(x, self.groups)
-        # The median of each image's own group, so that a batch of several prompts acts as if they came one by one.
-        own = torch.where(together, squared, torch.nan)
-        bandwidth = own.nanmedian(dim=1, keepdim=True).values
+        squared, interacting = pairwise(x, self.groups)
+        # Each image's median is over its group, so that a batch of several prompts acts like one batch per prompt.
+        within = torch.where(interacting, squared, torch.nan)
+        bandwidth = within.nanmedian(dim=1, keepdim=True).values
         bandwidth = (bandwidth + bandwidth.T) / 2  # symmetric, or the push would have no potential
-        count = together.sum(dim=1, keepdim=True) + 1
+        count = interacting.sum(dim=1, keepdim=True) + 1
         bandwidth = bandwidth / count.clamp(min=2).log()
-        active = together & (bandwidth > 0)
+        active = interacting & (bandwidth > 0)
         kernel = torch.where(active, (-squared / bandwidth).exp(), 0)
         weights = torch.where(active, 2 / bandwidth, 0) * kernel
         variance = sigma**2 / (alpha**2 + sigma**2)

@@ -1,4 +1,4 @@
-"""The pipeline as it is, and what the baselines have in common."""
+"""The unchanged pipeline, the base class of the baselines, and functions that they share."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from shielded.samplers import attach
 
 
 class Plain:
-    """Changes nothing and keeps the final latents. The baselines override the parts that they act through."""
+    """Change nothing and keep the final latents. The baselines override the methods that they act through."""
 
     finished: Tensor | None = None  # (B, *S) latents of the last run, as the scheduler returned them
 
     def __call__(self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool = False) -> Tensor:
-        """What is added to x0 (B, *S) at this step."""
+        """Return what is added to x0 (B, *S) at this step."""
         return torch.zeros_like(x0)
 
     def start(self) -> None:
-        """A new trajectory begins."""
+        """Begin a trajectory."""
 
     def finish(self, latents: Tensor) -> None:
-        """A trajectory ended with these latents (B, *S)."""
+        """End a trajectory with these latents (B, *S)."""
         self.finished = latents.detach()
 
     def hooks(self, pipe: Any) -> AbstractContextManager[None]:
-        """Changes to the pipeline beyond x0, undone on exit."""
+        """Change the pipeline beyond x0; undone on exit."""
         return nullcontext()
 
     @contextmanager
@@ -37,7 +37,7 @@ class Plain:
         """Act on every call of `pipe`, any diffusers pipeline with a supported scheduler, until the context is left.
 
         Raises:
-            TypeError: a pipeline that the method cannot act on.
+            TypeError: the method cannot act on this pipeline.
             RuntimeError: on leaving, if the pipeline was not called.
         """
         with attach(pipe, self), self.hooks(pipe):
@@ -45,10 +45,10 @@ class Plain:
 
 
 def denoiser_of(pipe: Any) -> torch.nn.Module:
-    """The network that a pipeline evaluates at each step.
+    """Return the network that a pipeline evaluates at each step.
 
     Raises:
-        TypeError: it has none by the usual names.
+        TypeError: the pipeline has no `transformer` or `unet`.
     """
     for name in ("transformer", "unet"):
         module = getattr(pipe, name, None)
@@ -58,21 +58,21 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
 
 
 def timestep_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The timestep among the arguments of a denoiser of diffusers."""
+    """Return the timestep among the arguments of a diffusers denoiser."""
     value = kwargs["timestep"] if "timestep" in kwargs else args[1]
     return torch.as_tensor(value).flatten()[0]
 
 
 def pairwise(x0: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Squared distances (B, B) of flat rows, by subtraction, and which pairs of different rows act on each other."""
-    together = ~torch.eye(len(x0), dtype=torch.bool, device=x0.device)
+    """Return squared distances (B, B) of flat rows, by subtraction, and which pairs of different rows interact."""
+    interacting = ~torch.eye(len(x0), dtype=torch.bool, device=x0.device)
     if groups is not None:
         groups = groups.to(x0.device)
-        together &= groups[:, None] == groups[None, :]
+        interacting &= groups[:, None] == groups[None, :]
     squared = torch.cdist(x0, x0, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return squared, together
+    return squared, interacting
 
 
 def weighted_offsets(x0: Tensor, weights: Tensor) -> Tensor:
-    """Σ_j w_ij (x_i − x_j) for rows (B, D) and weights (B, B)."""
+    """Return Σ_j w_ij (x_i − x_j) for rows (B, D) and weights (B, B)."""
     return weights.sum(dim=1, keepdim=True) * x0 - weights @ x0

@@ -1,4 +1,4 @@
-"""A kernel force in an early window, after Safety-Guided Flow."""
+"""Kernel force in an early window, after Safety-Guided Flow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shielded.evaluation.baselines.plain import Plain, pairwise, weighted_offset
 
 
 class SafetyGuidedFlow(Plain):
-    """Images of a batch push each other apart by the gradient of an MMD energy, early in sampling alone.
+    """Push the images of a batch apart by the gradient of an MMD energy, only early in sampling.
 
     Kim et al., "Safety-Guided Flow (SGF): A Unified Framework for Negative Guidance in Safe Generation", ICLR 2026.
     Of the squared maximum mean discrepancy, with the other images of the batch as the set to stay away from, the cross
@@ -17,8 +17,8 @@ class SafetyGuidedFlow(Plain):
 
         δ_i = s / (n − 1) Σ_j w_ij (x_i − x_j)
 
-    up to a constant that s takes up. This is the energy and the window of that paper, applied to diversity, not a copy
-    of its program; the paper steers away from a set of unsafe images as well.
+    up to a constant that s absorbs. This is the energy and the window of that paper, applied to diversity, not a copy
+    of its code; the paper steers away from a set of unsafe images as well.
 
     Args:
         strength: s; at 1, an image among close copies moves as far as it is from their mean.
@@ -43,7 +43,7 @@ class SafetyGuidedFlow(Plain):
         if not self.window[1] <= sigma / (alpha + sigma) <= self.window[0]:
             return torch.zeros_like(x0)
         x = x0.flatten(1)
-        squared, together = pairwise(x, self.groups)
+        squared, interacting = pairwise(x, self.groups)
         kernel = (-squared / (2 * self.bandwidth**2 * x.shape[1])).exp()
-        weights = together * kernel / together.sum(dim=1, keepdim=True).clamp(min=1)
+        weights = interacting * kernel / interacting.sum(dim=1, keepdim=True).clamp(min=1)
         return (self.strength * weighted_offsets(x, weights)).view_as(x0)

@@ -1,4 +1,4 @@
-"""The paper's experiments, at any size: `shielded reproduce {diversity,tradeoff,sparsity,shielding}`."""
+"""Run the paper's experiments at any size: `shielded reproduce {diversity,tradeoff,sparsity,shielding}`."""
 
 from shielded.evaluation.reproduce.experiments import EXPERIMENTS, SWEEPS
 from shielded.evaluation.reproduce.reference import emoji_prompts, prompts_of

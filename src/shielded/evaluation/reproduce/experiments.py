@@ -1,4 +1,4 @@
-"""The paper's experiments. Each returns a result that is plain data: what was run, and rows of metrics.
+"""Run the paper's experiments. Each returns its result as plain data: the settings and rows of metrics.
 
 Kirchhof et al., "Shielded Diffusion: Generating Novel and Diverse Images using Sparse Repellency", ICML 2025.
 """
@@ -11,44 +11,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shielded.evaluation.reproduce.measures import Measured, front, hypervolume, mean_estimate
-from shielded.evaluation.reproduce.reference import Reference
+from shielded.evaluation.reproduce.measures import SettingMetrics, front, hypervolume, mean_estimate
+from shielded.evaluation.reproduce.reference import ReferenceImages
 from shielded.evaluation.reproduce.study import Cell, Setting, Study
 from shielded.latent_space import LatentSpace
 from shielded.models import VARIETY, VARIETY_RADIUS, preset_of
 
 PLAIN = Setting("plain")
 LEVELS = tuple((round(1 - i / 10, 1), round(0.9 - i / 10, 1)) for i in range(10))
-PAIRS = {"recall": "precision", "coverage": "density", "vendi": "caption"}  # across: up
-WORST_CAPTION = 0.9  # of the plain caption score; points below it count for nothing, however diverse they are
+PAIRS = {"recall": "precision", "coverage": "density", "vendi": "caption"}  # x axis: y axis of the trade-off plots
+WORST_CAPTION = 0.9  # share of the plain caption score; points below it add no area, however diverse they are
 
 
-def spell(label: str, radius: float, **options: Any) -> Setting:
+def spell_setting(label: str, radius: float, **options: Any) -> Setting:
+    """Return a setting of `Spell` with this radius and these options."""
     return Setting(label, "spell", radius, options)
 
 
-def paper(radius: float) -> Setting:
-    """The formula as published: the sum, λ = 1.6, at all noise levels."""
-    return spell("SPELL, the paper's sum", radius, overlap="sum", overcompensation=1.6)
+def paper_setting(radius: float) -> Setting:
+    """Return the formula as published: the sum, λ = 1.6, at all noise levels."""
+    return spell_setting("SPELL, the paper's sum", radius, overlap="sum", overcompensation=1.6)
 
 
-def best(radius: float) -> Setting:
-    """What costs least for its diversity on the embedded model, and is the default of `shielded generate`."""
-    return spell("SPELL, our setting", radius, **VARIETY)
+def variety_setting(radius: float) -> Setting:
+    """Return the default of `shielded generate`, the least costly for its diversity on the embedded model."""
+    return spell_setting("SPELL, our setting", radius, **VARIETY)
 
 
 def radii(study: Study, radius: float | None = None) -> tuple[float, float]:
-    """Of the paper's formula and of our setting: what was asked for, or measured, or per √dimension."""
+    """Return the radius of the paper's formula and that of `variety_setting`.
+
+    Both are `radius` where it is given; else the preset's, and `VARIETY_RADIUS`, times √dim.
+    """
     if radius is not None:
         return radius, radius
     preset, root = preset_of(study.model), LatentSpace.of(study.pipe).dim ** 0.5
     return (preset.formula_radius or preset.radius) * root, VARIETY_RADIUS * root
 
 
-# Strengths swept by `tradeoff`; radii are multiples of the model's own.
+# Settings swept by `tradeoff`, by method; radii are multiples of those that `radii` returns.
 SWEEPS: dict[str, Callable[[float, float], list[Setting]]] = {
-    "spell": lambda _, r: [best(round(f * r, 3)) for f in (0.4, 0.6, 0.8, 1, 1.25, 1.5)],
-    "spell-paper": lambda r, _: [paper(round(f * r, 3)) for f in (0.2, 0.3, 0.4, 0.6, 1)],
+    "spell": lambda _, r: [variety_setting(round(f * r, 3)) for f in (0.4, 0.6, 0.8, 1, 1.25, 1.5)],
+    "spell-paper": lambda r, _: [paper_setting(round(f * r, 3)) for f in (0.2, 0.3, 0.4, 0.6, 1)],
     "particle": lambda *_: [Setting("Particle Guidance", "particle", s) for s in (5.0, 10.0, 20.0, 40.0, 80.0)],
     "cads": lambda *_: [Setting("CADS", "cads", s) for s in (0.5, 1.0, 2.0, 4.0, 8.0)],
     "interval": lambda *_: [Setting("Interval Guidance", "interval", s) for s in (0.2, 0.4, 0.6, 0.8, 1.0)],
@@ -57,12 +61,12 @@ SWEEPS: dict[str, Callable[[float, float], list[Setting]]] = {
 }
 
 
-def diversity(study: Study, reference: Reference, radius: float | None = None) -> dict[str, Any]:
-    """The paper's table of recall, Vendi and FID with and without SPELL."""
+def diversity(study: Study, reference: ReferenceImages, radius: float | None = None) -> dict[str, Any]:
+    """Reproduce the paper's table of recall, Vendi and FID with and without SPELL."""
     formula, ours = radii(study, radius)
-    settings = [PLAIN, paper(formula), spell("SPELL, defaults", formula), best(ours)]
+    settings = [PLAIN, paper_setting(formula), spell_setting("SPELL, defaults", formula), variety_setting(ours)]
     base, rows = None, []
-    for setting, measured in _measured(study, reference, settings):
+    for setting, measured in _metrics_of(study, reference, settings):
         base = base or measured
         row = {**_named(setting), **measured.estimates()}
         if measured is not base:
@@ -72,17 +76,21 @@ def diversity(study: Study, reference: Reference, radius: float | None = None) -
 
 
 def tradeoff(
-    study: Study, reference: Reference, methods: Sequence[str] | None = None, radius: float | None = None
+    study: Study, reference: ReferenceImages, methods: Sequence[str] | None = None, radius: float | None = None
 ) -> dict[str, Any]:
-    """Each method's strength swept: all points, Pareto fronts and the area they dominate."""
+    """Sweep each method's strength: all points, Pareto fronts and the area they dominate.
+
+    Raises:
+        ValueError: an unknown method.
+    """
     names = list(methods or SWEEPS)
     unknown = [name for name in names if name not in SWEEPS]
     if unknown:
         raise ValueError(f"the method {unknown[0]!r} is not known; use some of {', '.join(SWEEPS)}.")
-    own = radii(study, radius)
-    sweeps = {name: SWEEPS[name](*own) for name in names}
+    formula, ours = radii(study, radius)
+    sweeps = {name: SWEEPS[name](formula, ours) for name in names}
     rows, base = [], None
-    for setting, measured in _measured(study, reference, [PLAIN, *(s for sweep in sweeps.values() for s in sweep)]):
+    for setting, measured in _metrics_of(study, reference, [PLAIN, *(s for sweep in sweeps.values() for s in sweep)]):
         base = base or measured
         change = {} if measured is base else {"change": measured.changes(base)}
         rows.append({**_named(setting), **measured.estimates(), **change})
@@ -99,41 +107,43 @@ def tradeoff(
 
 
 def origin(across: str, plain: dict[str, Any]) -> tuple[float, float]:
-    """The worst point, from which the area under a front is measured."""
+    """Return the worst point, from which the area under a front is measured."""
     return (1.0, WORST_CAPTION * plain["caption"]["value"]) if across == "vendi" else (0.0, 0.0)
 
 
 def verdict(fronts: Sequence[dict[str, Any]]) -> list[str]:
-    """For each pair of metrics, who dominates the larger area, and where our setting loses."""
+    """Say which method dominates the largest area for each pair of metrics, and where our setting loses."""
     lines = []
     for across, up in PAIRS.items():
         ranked = sorted((f for f in fronts if f["across"] == across), key=lambda f: -f["hypervolume"])
         if not ranked:
             continue
         order = ", ".join(f"{f['label']} {f['hypervolume']:.3f}" for f in ranked)
-        place = [f["label"] for f in ranked]
-        ours = best(1.0).label
-        if ours not in place:
+        labels = [f["label"] for f in ranked]
+        ours = variety_setting(1.0).label
+        if ours not in labels:
             end = ""
-        elif place[0] == ours:
+        elif labels[0] == ours:
             end = f" {ours} dominates the largest area."
         else:
-            end = f" {ours} loses to {', '.join(place[: place.index(ours)])}."
+            end = f" {ours} loses to {', '.join(labels[: labels.index(ours)])}."
         lines.append(f"{up} over {across}, area: {order}.{end}")
     return lines
 
 
-def sparsity(study: Study, reference: Reference, radius: float | None = None) -> dict[str, Any]:
-    """Touched trajectories, and the push as a share of the score, by noise level."""
+def sparsity(study: Study, reference: ReferenceImages, radius: float | None = None) -> dict[str, Any]:
+    """Measure the share of touched trajectories, and the push as a share of the score, by noise level."""
     formula, ours = radii(study, radius)
     rows = []
-    for setting, cells in study.cells([paper(formula), spell("SPELL, defaults", formula), best(ours)]):
+    for setting, cells in study.cells(
+        [paper_setting(formula), spell_setting("SPELL, defaults", formula), variety_setting(ours)]
+    ):
         rows += [{**_named(setting), **row} for row in levels(cells)]
     return {"rows": rows}
 
 
 def levels(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One row per noise level t = σ/(α + σ): the share of images with an active shield, and push/score where active."""
+    """Return a row per noise level t = σ/(α + σ): the share of images with an active shield, and their push/score."""
     level, active, ratio = (torch.cat([c[k].flatten() for c in cells]) for k in ("level", "active", "ratio"))
     rows = []
     for high, low in LEVELS:
@@ -150,16 +160,16 @@ def levels(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _touched(cell: Cell, low: float, high: float) -> Tensor:
-    """(images,) 1 where a shield was active at a step between the levels."""
+    """Return (images,) 1 where a shield was active at a step between the levels."""
     inside = (cell["level"] > low) & (cell["level"] <= high)
     return ((cell["active"] > 0) & inside).any(dim=0).double()[inside.any(dim=0)]
 
 
-def shielding(study: Study, reference: Reference, radius: float | None = None) -> dict[str, Any]:
-    """The paper's table of protected training images: share inside shields, precision and time, by method.
+def shielding(study: Study, reference: ReferenceImages, radius: float | None = None) -> dict[str, Any]:
+    """Reproduce the paper's table of protected training images: share inside shields, precision and time, by method.
 
-    The protected set is the reference: real images, or plain ones of other seeds. Unless a radius is given, it is the
-    one that holds a tenth of the plain images, near the share that the paper starts from.
+    The protected set is the reference: real images, or plain ones of other seeds. By default a tenth of the plain
+    images lie within the radius, near the share that the paper starts from.
     """
     protected = reference.latents()
     (_, plain), *_ = study.cells([PLAIN], protected)
@@ -167,10 +177,10 @@ def shielding(study: Study, reference: Reference, radius: float | None = None) -
     radius = found.quantile(0.1).item() if radius is None else radius
     settings = [
         PLAIN,
-        spell("SPELL-1, the paper's sum", radius, overlap="sum", nearest=1),
-        spell("SPELL-10, the paper's sum", radius, overlap="sum", nearest=10),
-        spell("SPELL, all references (defaults)", radius),
-        spell("SPELL, all references, posterior radius", radius, radius_schedule="posterior"),
+        spell_setting("SPELL-1, the paper's sum", radius, overlap="sum", nearest=1),
+        spell_setting("SPELL-10, the paper's sum", radius, overlap="sum", nearest=10),
+        spell_setting("SPELL, all references (defaults)", radius),
+        spell_setting("SPELL, all references, posterior radius", radius, radius_schedule="posterior"),
     ]
     features, rows = reference.features(), []
     for setting, cells in study.cells(settings, protected):
@@ -181,16 +191,18 @@ def shielding(study: Study, reference: Reference, radius: float | None = None) -
                 **_named(setting),
                 "inside": mean_estimate(inside),
                 "nearest_protected": distance.min().item(),
-                **Measured(cells, [features[prompt] for prompt in study.prompts]).estimates(),
+                **SettingMetrics(cells, [features[prompt] for prompt in study.prompts]).estimates(),
             }
         )
     return {"rows": rows, "radius": radius, "protected": len(protected)}
 
 
-def _measured(study: Study, reference: Reference, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Measured]]:
+def _metrics_of(
+    study: Study, reference: ReferenceImages, settings: Sequence[Setting]
+) -> Iterator[tuple[Setting, SettingMetrics]]:
     found = reference.features()
     for setting, cells in study.cells(settings):
-        yield setting, Measured(cells, [found[prompt] for prompt in study.prompts])
+        yield setting, SettingMetrics(cells, [found[prompt] for prompt in study.prompts])
 
 
 def _named(setting: Setting) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From cells to numbers: metrics per prompt, then averaged, and over all images; changes from the plain sampler."""
+"""Reduce cells to metrics: per prompt and averaged, over all images, and as changes from the plain sampler."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from shielded.evaluation.metrics import (
 )
 from shielded.evaluation.reproduce.study import Cell
 
-NEIGHBOURS = 3  # of the manifolds: a prompt of the embedded model has four real images
+NEIGHBOURS = 3  # k of the manifold metrics: a prompt of the embedded model has four real images
 
-# name: (heading, decimals, whether more is better)
+# name: (heading, decimals, whether higher is better)
 HEADINGS = {
     "recall": ("recall", 3, True),
     "precision": ("precision", 3, True),
@@ -42,12 +42,12 @@ HEADINGS = {
 Estimate = dict[str, float]  # value, low, high
 
 
-class Measured:
-    """The metrics of one setting.
+class SettingMetrics:
+    """Metrics of one setting.
 
     Args:
-        cells: seed by seed, and prompt by prompt within.
-        reference: (m, d) features for each of the prompts, in their order.
+        cells: ordered by seed, then by prompt.
+        reference: (m, d) features for each prompt, in the same order.
     """
 
     def __init__(self, cells: Sequence[Cell], reference: Sequence[Tensor]) -> None:
@@ -58,7 +58,7 @@ class Measured:
         self.overall = self._overall()
 
     def _per_prompt(self) -> dict[str, Tensor]:
-        """(prompts,) of each metric, averaged over the seeds."""
+        """Compute each metric (prompts,), averaged over the seeds."""
         rows: dict[str, list[list[float]]] = {}
         for cells in self.seeds:
             for prompt, (cell, reference) in enumerate(zip(cells, self.reference, strict=True)):
@@ -78,45 +78,47 @@ class Measured:
         return {name: torch.tensor(values, dtype=torch.float64).mean(dim=1) for name, values in rows.items()}
 
     def _overall(self) -> dict[str, float]:
-        """Manifold metrics over all images of a seed, averaged over the seeds."""
+        """Compute the manifold metrics over all images of a seed, averaged over the seeds."""
         reference = torch.cat(self.reference)
         rows = [manifold_rows(torch.cat([c["features"] for c in cells]), reference, NEIGHBOURS) for cells in self.seeds]
         return {f"{k}_all": sum(row[k].mean().item() for row in rows) / len(rows) for k in rows[0]}
 
     def frechet(self, prompts: Tensor) -> float:
-        """Of all images of these prompts (n, 1) to their reference."""
+        """Compute the Fréchet distance between all images of these prompts, indices (n, 1), and their reference."""
         chosen = prompts.flatten().tolist()
         generated = torch.cat([cells[i]["features"] for cells in self.seeds for i in chosen])
         return frechet_distance(generated, torch.cat([self.reference[i] for i in chosen]))
 
     def estimates(self) -> dict[str, Estimate]:
-        """Every metric with its 95 % interval over the prompts; without one where it is of all images at once."""
+        """Return every metric with its 95 % interval over the prompts; metrics over all images have no interval."""
         found = {name: mean_estimate(values) for name, values in self.per_prompt.items()}
-        found["frechet"] = _whole(self.frechet, len(self.reference))
+        found["frechet"] = _estimate_over_prompts(self.frechet, len(self.reference))
         found |= {name: {"value": value} for name, value in self.overall.items()}
         return {name: found[name] for name in HEADINGS if name in found}
 
-    def changes(self, plain: Measured) -> dict[str, Estimate]:
-        """Against the plain sampler, paired by prompt: relative for vendi and frechet, differences for the others."""
+    def changes(self, plain: SettingMetrics) -> dict[str, Estimate]:
+        """Return the changes from the plain sampler, paired by prompt; those of vendi and frechet are relative."""
         found = {}
         for name, values in self.per_prompt.items():
             difference = mean_estimate(values - plain.per_prompt[name])
             if name == "vendi":
                 difference = {k: v / plain.per_prompt[name].mean().item() for k, v in difference.items()}
             found[name] = difference
-        found["frechet"] = _whole(lambda rows: self.frechet(rows) / plain.frechet(rows) - 1, len(self.reference))
+        found["frechet"] = _estimate_over_prompts(
+            lambda rows: self.frechet(rows) / plain.frechet(rows) - 1, len(self.reference)
+        )
         return {name: found[name] for name in HEADINGS if name in found}
 
 
 def mean_estimate(values: Tensor) -> Estimate:
-    """The mean of values (n,) with its 95 % bootstrap interval."""
+    """Return the mean of values (n,) with its 95 % bootstrap interval."""
     estimate = {"value": values.mean().item()}
     if len(values) > 1:
         estimate["low"], estimate["high"] = bootstrap_interval(values)
     return estimate
 
 
-def _whole(statistic: Callable[[Tensor], float], count: int) -> Estimate:
+def _estimate_over_prompts(statistic: Callable[[Tensor], float], count: int) -> Estimate:
     prompts = torch.arange(count)[:, None]
     estimate = {"value": statistic(prompts)}
     if count > 3:
@@ -125,7 +127,7 @@ def _whole(statistic: Callable[[Tensor], float], count: int) -> Estimate:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both coordinates (more is better), from left to right."""
+    """Return the points that no other one beats in both coordinates (higher is better), from left to right."""
     best: list[tuple[float, float]] = []
     for point in sorted(set(points), key=lambda p: (-p[0], -p[1])):
         if not best or point[1] > best[-1][1]:
@@ -134,7 +136,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def hypervolume(points: Sequence[tuple[float, float]], origin: tuple[float, float]) -> float:
-    """Area that the points dominate, seen from `origin`, which is the worst point.
+    """Compute the area that the points dominate above `origin`, the worst point.
 
     Zitzler and Thiele 1998, "Multiobjective Optimization Using Evolutionary Algorithms".
     """
@@ -145,12 +147,12 @@ def hypervolume(points: Sequence[tuple[float, float]], origin: tuple[float, floa
     return area
 
 
-def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A result row for a table: estimates become columns."""
+def flatten_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Turn the estimates of a result row into columns of a table."""
     columns: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict):
-            for inner, item in flat(value).items():
+            for inner, item in flatten_row(value).items():
                 columns[name if inner == "value" else f"{name}_{inner}"] = item
         else:
             columns[name] = value

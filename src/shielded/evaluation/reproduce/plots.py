@@ -1,4 +1,4 @@
-"""Plots of the experiments, as PNG and SVG. Needs matplotlib, the extra `plot`."""
+"""Draw the experiments as PNG and SVG; needs matplotlib, the extra `plot`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shielded._extras import missing
 from shielded.evaluation.reproduce.experiments import PAIRS
 from shielded.evaluation.reproduce.measures import HEADINGS
 from shielded.files import replacing
 
 
-def plot(result: dict[str, Any], out: Path) -> list[Path]:
-    """The plots of a result, written to the folder `out`; the SVG files.
+def plot_result(result: dict[str, Any], out: Path) -> list[Path]:
+    """Draw a result into the folder `out`, and return the SVG files.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -20,9 +21,9 @@ def plot(result: dict[str, Any], out: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'shielded[plot]'.") from error
+        raise ModuleNotFoundError(missing("plots", "plot")) from error
     matplotlib.use("Agg")
-    # The same result gives the same file.
+    # Equal results give equal files.
     matplotlib.rcParams["svg.hashsalt"] = "shielded"
     draw = {"tradeoff": _tradeoff, "sparsity": _sparsity}.get(result["experiment"], _bars)
     return [_save(figure, out / f"{result['experiment']}-{name}") for name, figure in draw(result)]
@@ -47,7 +48,7 @@ def _axes(width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
 
 
 def _tradeoff(result: dict[str, Any]) -> list[tuple[str, Any]]:
-    """One plot per pair of metrics: all points of a method with their strengths, its front as a line."""
+    """Draw one plot per pair of metrics: all points of a method with their strengths, its front as a line."""
     found = []
     for across, up in PAIRS.items():
         fronts = [f for f in result["fronts"] if f["across"] == across]
@@ -92,11 +93,11 @@ def _bars(result: dict[str, Any]) -> list[tuple[str, Any]]:
     figure, _ = _axes(3 * len(names), 3.4)
     figure.clear()
     for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
-        for place, row in enumerate(result["rows"]):
+        for y, row in enumerate(result["rows"]):
             value = row[name]
             low, high = value.get("low", value["value"]), value.get("high", value["value"])
-            axes.plot([low, high], [place, place], color="grey")
-            axes.plot(value["value"], place, "o")
+            axes.plot([low, high], [y, y], color="grey")
+            axes.plot(value["value"], y, "o")
         axes.set_title(HEADINGS[name][0] if name in HEADINGS else "share inside shields", fontsize=9)
         first = name == names[0]
         axes.set_yticks(range(len(result["rows"])), [r["label"] for r in result["rows"]] if first else [], fontsize=8)

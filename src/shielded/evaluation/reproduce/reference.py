@@ -1,4 +1,4 @@
-"""What generated images are compared with: real images of the prompts, or plain images of other seeds."""
+"""Load the reference of an experiment: real images of the prompts, or plain images of other seeds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, preset_of
 
 _SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
-_PLAIN_SEEDS = 2  # batches of plain images per prompt where no real ones are given
+_PLAIN_SEEDS = 2  # seeds of plain images per prompt where no real ones are given
 
 
 def real_images(path: Path) -> dict[str, list[Image.Image]]:
-    """Images by caption, from a webdataset tar (`caption` in each json) or a folder with one subfolder per caption.
+    """Load images by caption, from a webdataset tar (`caption` in each json) or a folder with a subfolder per caption.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -42,10 +42,14 @@ def real_images(path: Path) -> dict[str, list[Image.Image]]:
         with tarfile.open(path) as archive:
             for member in archive:
                 name, suffix = Path(member.name).stem, Path(member.name).suffix.lower()
+                wanted = suffix == ".json" or suffix in _SUFFIXES
+                file = archive.extractfile(member) if wanted else None
+                if file is None:
+                    continue
                 if suffix == ".json":
-                    captions[name] = json.load(archive.extractfile(member)).get("caption")
-                elif suffix in _SUFFIXES:
-                    pictures[name] = archive.extractfile(member).read()
+                    captions[name] = json.load(file).get("caption")
+                else:
+                    pictures[name] = file.read()
         for name in sorted(pictures):
             if captions.get(name):
                 found.setdefault(captions[name], []).append(Image.open(io.BytesIO(pictures[name])).convert("RGB"))
@@ -81,12 +85,12 @@ def prompts_of(model: str, count: int, reference: Path | None = None) -> list[st
     return known[:count]
 
 
-class Reference:
+class ReferenceImages:
     """Reference images of the prompts, as features and, for shielding, as latents.
 
     Args:
-        study: for its prompts, model and features.
-        path: see `real_images`; None: plain images of the same prompts at other seeds, kept as cells.
+        study: gives the prompts, the model and the features.
+        path: see `real_images`; None: plain images of the same prompts at other seeds, cached as cells.
 
     Raises:
         ValueError: a prompt has too few images.
@@ -97,14 +101,15 @@ class Reference:
         self.path = path
         self.images = {} if path is None else real_images(path)
         if path is not None:
-            poor = [prompt for prompt in study.prompts if len(self.images.get(prompt, [])) <= NEIGHBOURS]
-            if poor:
+            short = [prompt for prompt in study.prompts if len(self.images.get(prompt, [])) <= NEIGHBOURS]
+            if short:
                 raise ValueError(
-                    f"{len(poor)} prompts have fewer than {NEIGHBOURS + 1} images in {path}, {poor[0]!r} for example; "
-                    "leave them out, or compare without --reference."
+                    f"{len(short)} prompts have fewer than {NEIGHBOURS + 1} images in {path}, {short[0]!r} for "
+                    "example; leave them out, or compare without --reference."
                 )
 
     def describe(self) -> str:
+        """Say what the reference is, for the report."""
         if self.path is None:
             return f"plain images of the same prompts at {_PLAIN_SEEDS} other seeds, made by the model itself"
         return (
@@ -112,13 +117,13 @@ class Reference:
         )
 
     def features(self) -> dict[str, Tensor]:
-        """(m, d) for each prompt."""
+        """Compute features (m, d) for each prompt."""
         if self.path is None:
             return {prompt: torch.cat([c["features"] for c in self._plain(prompt)]) for prompt in self.study.prompts}
         return {prompt: self.study.features.image_features(self.images[prompt]) for prompt in self.study.prompts}
 
     def latents(self) -> Tensor:
-        """(K, D) latents of the reference images of all prompts; real ones are encoded once and kept on disk."""
+        """Return the latents of all reference images, (K, D) or (K, *S); those of real images are cached on disk."""
         if self.path is None:
             return torch.cat([c["latents"] for prompt in self.study.prompts for c in self._plain(prompt)])
         images = [image for prompt in self.study.prompts for image in self.images[prompt]]

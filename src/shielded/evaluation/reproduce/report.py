@@ -1,4 +1,4 @@
-"""Results as JSON, CSV, plots and a page, and as a section of the documentation."""
+"""Write results as JSON, CSV, plots and a page, and as a section of the documentation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from shielded.evaluation.reproduce.experiments import EXPERIMENTS
-from shielded.evaluation.reproduce.measures import HEADINGS, flat
-from shielded.evaluation.reproduce.plots import plot
-from shielded.evaluation.reproduce.reference import Reference
+from shielded.evaluation.reproduce.measures import HEADINGS, flatten_row
+from shielded.evaluation.reproduce.plots import plot_result
+from shielded.evaluation.reproduce.reference import ReferenceImages
 from shielded.evaluation.reproduce.study import Study
 from shielded.files import replace_section, replacing, write_json
 
@@ -25,23 +25,23 @@ _COLUMNS = {
 def reproduce(
     experiment: str, study: Study, reference_path: Path | None = None, plots: bool = True, **options: Any
 ) -> dict[str, Any]:
-    """Run an experiment, or what is left of it, and write its results to `study.out`.
+    """Run an experiment and write its results to `study.out`; cells of an earlier run are reused.
 
     Args:
         experiment: a key of `EXPERIMENTS`.
         study: prompts, images, seeds, model.
         reference_path: real images, see `shielded.evaluation.reproduce.reference.real_images`.
         plots: whether plots are drawn, which needs matplotlib.
-        **options: of the experiment: `methods`, `radius`.
+        **options: options of the experiment, `methods` and `radius`; None: its default.
 
     Returns:
-        the result as in `<experiment>.json`.
+        The content of `<experiment>.json`.
 
     Raises:
-        ValueError: options that do not fit.
+        ValueError: options out of range, or too few reference images.
     """
     study.out.mkdir(parents=True, exist_ok=True)
-    reference = Reference(study, reference_path)
+    reference = ReferenceImages(study, reference_path)
     given = {name: value for name, value in options.items() if value is not None}
     result = {
         "experiment": experiment,
@@ -51,14 +51,16 @@ def reproduce(
     }
     write_json(study.out / f"{experiment}.json", result)
     _write_csv(study.out / f"{experiment}.csv", result["rows"])
-    pictures = plot(result, study.out) if plots else []
+    pictures = plot_result(result, study.out) if plots else []
     with replacing(study.out / f"{experiment}.html") as draft:
-        draft.write_text(page(result, pictures), encoding="utf-8")
+        draft.write_text(html_page(result, pictures), encoding="utf-8")
     return result
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns = [{**flat({k: v for k, v in row.items() if k != "options"}), "options": row["options"]} for row in rows]
+    columns = [
+        {**flatten_row({k: v for k, v in row.items() if k != "options"}), "options": row["options"]} for row in rows
+    ]
     names = list(dict.fromkeys(name for row in columns for name in row))
     with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -69,8 +71,8 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 # Tables ----------------------------------------------------------------------------------------------------------
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows as text: values with their 95 % intervals."""
+def result_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Format a result as a head and rows of text: values with their 95 % intervals."""
     if result["experiment"] == "sparsity":
         head = ["setting", "noise level t", "images touched", "push/score, median", "most"]
         return head, [
@@ -119,20 +121,23 @@ def _percent(value: dict[str, float]) -> str:
 
 
 def setup(result: dict[str, Any]) -> str:
-    """One sentence that says what was run."""
+    """Describe the setup of a result in one paragraph."""
     study = result["study"]
     sampler = f", {study['sampler']}" if study["sampler"] else ""
-    more = f" Radius {result['radius']:.2f}, {result['protected']} protected images." if "protected" in result else ""
+    shields = (
+        f" Radius {result['radius']:.2f}, {result['protected']} protected images." if "protected" in result else ""
+    )
     return (
         f"Model {study['model']}, {study['prompts']} prompts × {study['images']} images × {study['seeds']} seeds, "
         f"{study['steps']} steps{sampler}; features: {study['encoder']}; reference: {result['reference']}. Metrics are "
         "taken per prompt and averaged, the Fréchet distance is over all images; brackets are 95 % intervals over the "
-        f"prompts.{more}"
+        f"prompts.{shields}"
     )
 
 
 def markdown(result: dict[str, Any]) -> str:
-    head, rows = table(result)
+    """Format a result as Markdown: setup, table and verdict."""
+    head, rows = result_table(result)
     lines = [setup(result), "", f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     if result.get("verdict"):
@@ -149,9 +154,9 @@ def write_section(document: Path, result: dict[str, Any]) -> None:
     replace_section(document, result["experiment"], markdown(result))
 
 
-def page(result: dict[str, Any], pictures: Sequence[Path]) -> str:
-    """A page of its own, plots included."""
-    head, rows = table(result)
+def html_page(result: dict[str, Any], pictures: Sequence[Path]) -> str:
+    """Format a result as a self-contained HTML page with its plots."""
+    head, rows = result_table(result)
     title = f"shielded reproduce {result['experiment']}"
     figures = "".join(f"<figure>{_inline(path)}</figure>" for path in pictures)
     listed = "".join(f"<li>{escape(line)}</li>" for line in result.get("verdict", []))

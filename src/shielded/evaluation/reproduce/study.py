@@ -1,12 +1,11 @@
-"""One cell at a time: the images of one prompt, one method and one seed, reduced to features and kept on disk.
+"""Make the cells of a study: the images of one prompt, method and seed, reduced to features and cached on disk.
 
-A cell's file is there whole or not at all and its name says what made it, so a run that was killed goes on where it
-stopped, and a larger run reuses the cells of a smaller one.
+A cell's file is written atomically under a digest of everything that decides about it, so a run that was killed
+continues where it stopped, and a larger run reuses the cells of a smaller one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -23,20 +22,20 @@ from tqdm import tqdm
 
 from shielded import __version__
 from shielded.evaluation.baselines import method
-from shielded.evaluation.features import Features, features
+from shielded.evaluation.extractors import Features, features
 from shielded.evaluation.metrics import caption_score, nearest_distance
-from shielded.files import replacing
+from shielded.files import replacing, sha256
 from shielded.models import DEFAULT_MODEL, load, preset_of
 
-REFERENCE_SEED = 1_000_000  # seeds of plain reference images start here, far from those of any experiment
-_SEEDS_APART = 10_000  # image j of seed s starts from s * 10,000 + j
+REFERENCE_SEED = 1_000_000  # first seed of plain reference images, far from those of any experiment
+_SEED_STRIDE = 10_000  # image j of seed s is sampled with seed s * 10,000 + j
 
 Cell = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with its strength and options, and the label it has in tables."""
+    """Method with its strength and options, and its label in tables."""
 
     label: str
     method: str = "plain"
@@ -44,23 +43,23 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
 
     def key(self) -> dict[str, Any]:
-        """What decides about the images; settings that are called differently share their cells."""
+        """Return what decides about the images; settings that differ only in their label share cells."""
         return {"method": self.method, "strength": self.strength, "options": self.options}
 
 
 @dataclass
 class Study:
-    """What all cells of an experiment have in common.
+    """Parameters that all cells of an experiment share.
 
     Args:
         out: folder of results; cells go to `out/cells`.
-        prompts: texts.
-        images: per prompt and seed; they are made as one batch and repel each other.
+        prompts: texts, or class names for class-conditional models.
+        images: per prompt and seed; they are sampled as one batch and repel each other.
         seeds: number of seeds.
         model: as `shielded.models.load`.
-        steps: of the sampler; None: enough for the model.
-        encoder: name of the features, see `shielded.evaluation.features`.
-        batch_size: images made at once; None: all of a prompt. With fewer, SPELL remembers the batches before.
+        steps: sampler steps; None: enough for the model.
+        encoder: name of the features, see `shielded.evaluation.extractors`.
+        batch_size: images sampled at once; None: all of a prompt. With less, SPELL uses its history.
         device: None: CUDA if there is one.
         progress: whether a progress bar is shown.
     """
@@ -86,6 +85,7 @@ class Study:
 
     @cached_property
     def pipe(self) -> Any:
+        """Load the pipeline with the sampler of the model's preset."""
         import diffusers
 
         pipe = load(self.model, self.device)
@@ -98,10 +98,11 @@ class Study:
 
     @cached_property
     def features(self) -> Features:
+        """Load the feature extractor."""
         return features(self.encoder, device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def describe(self) -> dict[str, Any]:
-        """What results depend on besides settings, prompts and seeds."""
+        """Return what results depend on besides settings, prompts and seeds."""
         return {
             "version": __version__,
             "model": self.model,
@@ -116,12 +117,12 @@ class Study:
     def cells(
         self, settings: Iterable[Setting], protected: Tensor | None = None
     ) -> Iterator[tuple[Setting, list[Cell]]]:
-        """Each setting with its cells, seed by seed and prompt by prompt within; made where they are not on disk.
+        """Yield each setting with its cells, ordered by seed, then by prompt; cells that are not cached are made.
 
         Args:
-            settings: what to run.
-            protected: (K, *S) latents that "spell" then keeps away from, instead of from the images of the batch; cells
-                hold the distance to the nearest of them.
+            settings: settings to run.
+            protected: (K, *S) latents that "spell" keeps away from, instead of the images of the batch; cells then hold
+                the distance to the nearest of them.
         """
         settings = list(settings)
         total = len(settings) * self.seeds * len(self.prompts)
@@ -136,14 +137,14 @@ class Study:
                 yield setting, found
 
     def cell(self, setting: Setting, prompt: str, seed: int, protected: Tensor | None = None) -> Cell:
-        """One cell, from disk if it was made before."""
+        """Return one cell, from the cache if it was made before."""
         if setting.method == "plain" and protected is not None:  # the same images, measured against other references
             cell = self.cell(setting, prompt, seed)
             return {**cell, "protected": _nearest(cell["latents"], protected)}
         key = {**self.describe(), **setting.key(), "prompt": prompt, "seed": seed}
         if protected is not None:
-            key["protected"] = hashlib.sha256(protected.float().contiguous().numpy().tobytes()).hexdigest()
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+            key["protected"] = sha256(protected.float().contiguous().numpy().tobytes())
+        name = sha256(json.dumps(key, sort_keys=True).encode())[:24]
         path = self.out / "cells" / name[:2] / f"{name}.safetensors"
         if path.exists():
             return load_file(path)
@@ -165,8 +166,8 @@ class Study:
         elif setting.method == "cads":
             options["seed"] = seed
         how = method(setting.method, setting.strength, **options)
-        first = seed * _SEEDS_APART
-        # Class models name their classes; everything else takes text.
+        first = seed * _SEED_STRIDE
+        # Class-conditional models take labels; all others take text.
         given = self.pipe.get_label_ids([prompt])[0] if hasattr(self.pipe, "get_label_ids") else prompt
         images: list[Image.Image] = []
         latents, traces = [], []
@@ -197,12 +198,12 @@ class Study:
 
 
 def _nearest(latents: Tensor, protected: Tensor) -> Tensor:
-    """(B,) float64 distance to the nearest protected latent."""
+    """Return the (B,) float64 distance to the nearest protected latent."""
     return nearest_distance(latents.flatten(1), protected.flatten(1))
 
 
 def trace_tensors(trace: list[dict[str, Any]], images: int) -> Cell:
-    """A trace as (steps, images) tensors: the noise level, whether a shield was active, the push over the score."""
+    """Convert a trace to (steps, images) tensors: noise level, active shields, and push over score."""
     columns = {"level": "noise_level", "active": "active", "ratio": "score_ratio"}
     if not trace:
         return {}

@@ -1,4 +1,4 @@
-"""Generated images against reference images: every metric with its interval."""
+"""Compare generated images with reference images: every metric with its interval."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from shielded.evaluation.metrics import (
 
 
 def compare(generated: Tensor, reference: Tensor, k: int = 5) -> dict[str, dict[str, float]]:
-    """Quality and diversity of features (n, d) against features (m, d) of the same encoder.
+    """Measure quality and diversity of generated images against reference images.
 
-    Intervals are of 95 %: the bootstrap for means over images, the grouped jackknife over the generated images for
-    metrics of the whole set (Vendi, similarity, Fréchet). The reference is taken as it is.
+    Intervals are 95 %: the bootstrap for means over images, the grouped jackknife over the generated images for
+    metrics of the whole set (Vendi, similarity, Fréchet). The reference counts as fixed.
 
     Args:
-        generated: (n, d), n > k.
-        reference: (m, d), m > k.
-        k: neighbours that the manifolds are made of.
+        generated: features (n, d), n > k.
+        reference: features (m, d) of the same encoder, m > k.
+        k: index of the neighbour that sets the radius of a manifold's balls.
 
     Returns:
         name -> value, low, high; for "nearest" also the minimum.

@@ -1,4 +1,4 @@
-"""Feature extractors for the metrics: the embedded encoder, and those of the field through their own libraries."""
+"""Feature extractors for the metrics: the embedded encoder, CLIP, DINOv2 and Inception."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from shielded.models import DEFAULT_MODEL
 
 Images = Sequence[Image.Image] | Tensor
 SOURCES = {
-    DEFAULT_MODEL: None,  # in the package
+    DEFAULT_MODEL: None,  # comes with the package
     "clip": "openai/clip-vit-large-patch14",
     "dinov2": "facebook/dinov2-base",
-    "inception": None,  # torch-fidelity fetches the weights of the original FID itself
+    "inception": None,  # torch-fidelity downloads the weights of the original FID
 }
-_BATCH = 32
+_MAX_IMAGES_PER_PASS = 32
 
 
 @dataclass
 class Features:
-    """`image_features` and, where the model reads text, `text_features`; both of unit norm then, so dot products score.
+    """Feature extractor. Where the model reads text, both kinds of features have unit norm, so dot products score.
 
     Args:
         name: a key of `SOURCES`.
@@ -40,18 +40,18 @@ class Features:
 
 
 def features(name: str = DEFAULT_MODEL, source: str | None = None, device: str = "cpu") -> Features:
-    """A feature extractor by name.
+    """Load a feature extractor by name.
 
     Args:
         name: "emoji", the embedded model's encoder; "clip" (Radford et al. 2021); "dinov2" (Oquab et al. 2023);
             "inception", the network of FID (Heusel et al. 2017), which needs the package torch-fidelity.
-        source: of "clip" and "dinov2": a folder with a saved model, or a name on the Hugging Face hub.
-        device: where to run.
+        source: for "clip" and "dinov2": a folder with a saved model, or a name on the Hugging Face hub.
+        device: torch device to run on.
 
     Raises:
-        ValueError: an unknown name, or a source for a model that has none to choose.
-        OSError: the model is neither on disk nor can it be fetched.
-        ModuleNotFoundError: the model's own library is not installed.
+        ValueError: an unknown name, or a source for features that come from one place.
+        OSError: the model is not on disk and cannot be downloaded.
+        ModuleNotFoundError: the library of the model is not installed.
     """
     if name not in SOURCES:
         raise ValueError(f"the features {name!r} are not known; use one of {', '.join(SOURCES)}.")
@@ -109,7 +109,9 @@ def _dinov2(source: str, device: str) -> Features:
 
 def _inception(source: None, device: str) -> Features:
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]  # optional
+            FeatureExtractorInceptionV3,
+        )
     except ImportError as error:
         raise ModuleNotFoundError(
             "Inception features need the package torch-fidelity: pip install torch-fidelity, or use other features."
@@ -120,7 +122,7 @@ def _inception(source: None, device: str) -> Features:
     def image_features(images: Images) -> Tensor:
         found = []
         for batch in _batches(images):
-            for image in batch:  # they may differ in size
+            for image in batch:  # sizes may differ
                 pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
                 found.append(model(pixels)[0].float().cpu())
         return torch.cat(found)
@@ -139,15 +141,15 @@ def _loaded(kind: Any, source: str) -> Any:
 
 
 def _projected(output: Any) -> Tensor:
-    """The shared features; transformers 5 returns them as `pooler_output`."""
+    """Return the projected features; transformers 5 returns them as `pooler_output`."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _batches(images: Images) -> Iterator[list[Image.Image]]:
     if len(images) == 0:
         raise ValueError("there are no images to encode: pass at least one.")
-    for first in range(0, len(images), _BATCH):
-        batch = images[first : first + _BATCH]
+    for first in range(0, len(images), _MAX_IMAGES_PER_PASS):
+        batch = images[first : first + _MAX_IMAGES_PER_PASS]
         if isinstance(batch, Tensor):
             levels = ((batch.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             batch = [Image.fromarray(image) for image in levels]
