@@ -1,4 +1,4 @@
-"""What the correction costs, and whether it leaves every shield.
+"""Measure what the correction costs, and whether it leaves every shield.
 
 python benchmarks/core.py cost --out docs/cost.md   # time and memory by batch, active shields and dimension
 python benchmarks/core.py idle       # no active shield, as a share of a UNet of Stable Diffusion 1.5's size
@@ -23,7 +23,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def median_seconds(job, clock=time.perf_counter) -> float:
-    """Of five runs; of one where that takes long."""
+    """Return the median time of five runs; of fewer where these take long."""
     times = []
     while len(times) < 5 and sum(times) < 2:
         start = clock()
@@ -33,14 +33,14 @@ def median_seconds(job, clock=time.perf_counter) -> float:
 
 
 def crowd(batch: int, active: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """x0 near the middle of `active` references, all of them closer than the radius."""
+    """Return x0 near the middle of `active` references, all of them closer than the radius."""
     references = torch.randn(active, dim, generator=GENERATOR)
     x0 = 0.3 * torch.randn(batch, dim, generator=GENERATOR)
     return x0, references, 1.1 * torch.cdist(x0, references).max().item()
 
 
 def measure(case: tuple[int, int, int]) -> tuple[float, float, float]:
-    """Seconds of the sum and of the projection, and the larger peak of memory beyond the inputs in MB."""
+    """Return the seconds of the sum and of the projection, and the larger peak of memory beyond the inputs in MB."""
     torch.set_num_threads(1)
     x0, references, radius = crowd(*case)
     noise = torch.randn(x0.shape, generator=GENERATOR)
@@ -83,7 +83,7 @@ def cost(out: Path | None, limit: float) -> None:
 
 
 def memory(name: str) -> float:
-    """MB, as Linux counts them."""
+    """Return memory in MB, as Linux counts it."""
     return next(int(line.split()[1]) * 1.024e-3 for line in Path("/proc/self/status").open() if line.startswith(name))
 
 
@@ -106,7 +106,7 @@ def idle() -> None:
 
 
 def overlap(cases: int) -> None:
-    """Sets of 2 to 500 shields in 16 to 4,096 dimensions that all contain x0; opposed, clustered and plain ones."""
+    """Test sets of 2 to 500 shields in 16 to 4,096 dimensions that all contain x0: opposed, clustered or plain."""
     outside = flagged = silent = most = 0
     start = time.perf_counter()
     for case in range(cases):

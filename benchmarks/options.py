@@ -1,4 +1,4 @@
-"""What each option of Spell does on the embedded model: leaks, diversity, quality, sparsity.
+"""Measure what each option of Spell does on the embedded model: leaks, diversity, quality, sparsity.
 
 8 prompts x 8 seeds. Protection: their plain images are protected and the same seeds run again. Diversity: images of one
 prompt repel each other. Quality in the features of the embedded encoder.
@@ -55,7 +55,7 @@ class Study:
         self.reference = self.encoder.image_features(other.images)
 
     def run(self, first_seed: int = 0, **options) -> tuple[Generated, list[dict]]:
-        """One prompt after the other, so that only images of one prompt repel each other; and the trace of all."""
+        """Sample prompt by prompt, so that only images of one prompt repel each other, and collect the trace."""
         parts, trace = [], []
         for caption in self.captions:
             spell = Spell(**options) if options else None
@@ -100,7 +100,7 @@ class Study:
 
 
 def sparsity(trace: list[list[dict]]) -> list[str]:
-    """Share of images that were pushed at all; per noise level, share of steps pushed and median push over score."""
+    """Format the share of pushed images and, per noise level, the share of pushed steps and the median push/score."""
     rows = [row | {"call": n} for n, call in enumerate(trace) for row in call]
     if not rows:
         return [""] * (1 + len(LEVELS))

@@ -1,4 +1,4 @@
-"""A radius for the embedded model's training pictures, and what the measured denoising error does to the posterior one.
+"""Choose a radius for the embedded model's training images; measure how the denoising error changes the posterior one.
 
 Unpacks the training pictures with their captions, protects them, runs `shielded calibrate`, and samples 16 prompts with
 a constant radius and with both kinds of posterior radius.
@@ -26,7 +26,7 @@ LEVELS = ((1.0, 0.8), (0.8, 0.6), (0.6, 0.4), (0.4, 0.2), (0.2, 0.0))
 
 
 def unpack(data: Path, folder: Path) -> None:
-    """The pictures that the text-to-image model has learned, each with its caption in a .txt beside it."""
+    """Unpack the images that the model was trained on, each with its caption in a .txt beside it."""
     known = set((EMOJI / "captions.txt").read_text().splitlines())
     folder.mkdir(parents=True)
     with tarfile.open(data) as tar:
@@ -41,7 +41,7 @@ def unpack(data: Path, folder: Path) -> None:
 
 
 def posterior(out: Path, radii: list[float]) -> str:
-    """A Markdown table: radius and schedule against shields, leaks and quality."""
+    """Format a Markdown table: radius and schedule against shields, leaks and quality."""
     pipe = load("emoji", "cpu")
     encoder = Encoder.from_pretrained(EMOJI / "encoder", EMOJI / "tokenizer")
     protected = ProtectedSet.open(out / "set")
@@ -74,7 +74,7 @@ def posterior(out: Path, radii: list[float]) -> str:
 
 
 def shields(trace: list[dict], high: float, low: float) -> str:
-    """Mean number of active shields per image and step in a range of noise levels."""
+    """Return the mean number of active shields per image and step in a range of noise levels."""
     active = [row["active"] for row in trace if low <= row["noise_level"] < high or row["noise_level"] == high == 1]
     return f"{np.mean(active):.1f}" if active else ""
 

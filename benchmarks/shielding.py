@@ -1,4 +1,4 @@
-"""Shielding the embedded model's whole training set: leaks, time and quality without SPELL, with the paper's and ours.
+"""Shield the embedded model's whole training set: leaks, time and quality without SPELL, with the paper's and ours.
 
 All training pictures are protected. Each method makes the same prompts and seeds; finished latents and the decoded
 pictures, encoded again, are measured against all of them, exactly. Quality is in the features of the embedded encoder,
@@ -46,7 +46,7 @@ CHUNK = 20  # images per file
 
 @dataclass
 class Made:
-    """What one method made: (n, *S) latents and re-encoded pictures, (n, d) features, and a record per image."""
+    """Result of one method: (n, *S) latents and re-encoded pictures, (n, d) features, and a record per image."""
 
     latents: Tensor
     decoded: Tensor
@@ -70,7 +70,7 @@ class Study:
         self.protected = self._protect(set(chosen))
 
     def _protect(self, chosen: set[str]) -> ProtectedSet:
-        """The training pictures as a protected set, and the features of those whose captions are prompted."""
+        """Protect the training images, and compute the features of those whose captions are prompted."""
         folder = self.args.work / "protected"
         pictures, captions = read_pictures(self.args.data)
         real = [picture for picture, caption in zip(pictures, captions, strict=True) if caption in chosen]
@@ -82,7 +82,7 @@ class Study:
         return protected
 
     def make(self, name: str) -> Made:
-        """All images of a method, those of an earlier run read from disk."""
+        """Return all images of a method; those of an earlier run are read from disk."""
         options, on_leak = METHODS[name]
         args = self.args
         setting = [name, options, on_leak, args.radius, args.steps, args.attempts, args.prompts, args.images, args.seed]
@@ -130,7 +130,7 @@ class Study:
             save_file({"latents": made.latents, "decoded": decoded, "features": features}, draft)
 
     def row(self, name: str, made: Made) -> str:
-        """The method's line of the table; quality and distances are of what was not refused."""
+        """Format the method's row of the table; quality and distances leave out refused images."""
         kept = [i for i, record in enumerate(made.records) if record["refused"] is None]
         refused = len(made.records) - len(kept)
         lines = [measure(x[kept], self.protected, self.args.radius) for x in (made.latents, made.decoded)]
@@ -148,7 +148,7 @@ class Study:
 
 
 def read_pictures(tar: Path) -> tuple[list[Image.Image], list[str]]:
-    """Pictures and captions of a webdataset tar."""
+    """Read images and captions from a webdataset tar."""
     pictures, captions = {}, {}
     with tarfile.open(tar) as archive:
         for member in archive:
@@ -162,7 +162,7 @@ def read_pictures(tar: Path) -> tuple[list[Image.Image], list[str]]:
 
 
 def repairs(made: Made, radius: float) -> str:
-    """How the images of our method came out, in words."""
+    """Describe the repairs of our method in a sentence."""
     hows = [record["repair"] for record in made.records]
     refused = [record["refused"] for record in made.records if record["refused"] is not None]
     latents, pictures = (

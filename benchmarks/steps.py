@@ -1,4 +1,4 @@
-"""How few steps keep the scores: samplers and step counts on the embedded model, plain.
+"""Find how many steps keep the scores: samplers and step counts on the embedded model, without SPELL.
 
 python benchmarks/steps.py --reference emoji128.tar --out steps.md
 """

@@ -20,7 +20,7 @@ pipe = load(args.model)
 
 
 def generate():
-    """Four images of the prompt, as latents; always the same ones."""
+    """Sample four images of the prompt with fixed seeds, and return their latents."""
     generator = torch.Generator().manual_seed(0)
     options = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "latent"}
     return pipe(args.prompt, num_images_per_prompt=4, generator=generator, **options).images

@@ -15,7 +15,7 @@ CLASSES = torch.eye(2).repeat(16, 1)
 
 
 def net(x, sigma, labels=None):
-    """Stands for the trained network: the ideal denoiser of 32 images in two classes, which memorises them."""
+    """Stand-in for the trained network: the ideal denoiser of 32 memorised images in two classes."""
     gaps = torch.cdist(x.flatten(1), IMAGES.flatten(1)) ** 2
     if labels is not None:
         gaps = gaps.masked_fill(labels @ CLASSES.T == 0, float("inf"))
@@ -23,7 +23,7 @@ def net(x, sigma, labels=None):
 
 
 def gnet(x, sigma, labels=None):
-    """The guide: the same without labels."""
+    """Guiding network: the same denoiser without labels."""
     return net(x, sigma)
 
 

@@ -18,7 +18,7 @@ ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), dim=0)
 
 
 def model(x, timestep):
-    """Stands for the trained network: predicts the noise of 16 memorised images, and a variance, in 2 · 3 channels."""
+    """Stand-in for the trained network: predicts the noise of 16 memorised images and a variance, 2 · 3 channels."""
     alpha, sigma = ALPHAS_CUMPROD[timestep].sqrt(), (1 - ALPHAS_CUMPROD[timestep]).sqrt()
     gaps = torch.cdist(x.flatten(1) / alpha, IMAGES.flatten(1)) ** 2
     x0 = (torch.softmax(-gaps * alpha**2 / (2 * sigma**2), dim=1) @ IMAGES.flatten(1)).view_as(x)
@@ -26,7 +26,7 @@ def model(x, timestep):
 
 
 def as_denoiser(model, alphas_cumprod):
-    """D(x; sigma) of a model that predicts epsilon of x / √(1 + σ²) at a timestep; a learned variance is left out."""
+    """Return D(x; sigma) of a model that predicts epsilon of x / √(1 + σ²) at a timestep, without its variance."""
     sigmas = (1 / alphas_cumprod - 1).sqrt()
 
     def denoise(x, sigma):

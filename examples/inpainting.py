@@ -1,4 +1,4 @@
-"""Inpainting: distance and push count in the hole alone; what is known of the picture stays as it is."""
+"""Inpainting: distance and push count only inside the mask; the known part of the image does not change."""
 
 import torch
 from diffusers import StableDiffusionInpaintPipeline

@@ -13,7 +13,7 @@ RADIUS = 15.0
 
 
 def denoiser_of(pipe, prompt, guidance):
-    """The guided x0 of a variance-preserving v-prediction UNet at x = x0 + sigma · noise."""
+    """Guided x0 of a variance-preserving v-prediction UNet at x = x0 + sigma · noise."""
     sigmas = (1 / pipe.scheduler.alphas_cumprod - 1).sqrt()
     text, empty = pipe.encode_prompt(prompt, pipe.device, 1, do_classifier_free_guidance=True)
 

@@ -13,7 +13,7 @@ from shielded import Spell, x0_coefficients
 
 
 class SpellStep(ModularPipelineBlocks):
-    """Goes between the blocks `denoiser` and `after_denoiser`; pass spell=... to the pipeline."""
+    """Block between `denoiser` and `after_denoiser`; pass spell=... to the pipeline."""
 
     model_name = "flux"
     description = "Pushes the predicted clean latents out of the shields of a Spell."
@@ -32,7 +32,7 @@ class SpellStep(ModularPipelineBlocks):
 
 
 def run(blocks, spell=None):
-    """Two images by a small random FLUX."""
+    """Sample two images with a small random FLUX."""
     torch.manual_seed(0)  # models have no generator argument
     transformer = FluxTransformer2DModel(
         in_channels=16,

@@ -1,4 +1,4 @@
-"""A folder of images becomes a protected set on disk, and the pipeline keeps away from all of them.
+"""Encode a folder of images into a protected set on disk, and keep a pipeline away from all of them.
 
 python examples/protected_folder.py --out out                    # protects two pictures that the model makes itself
 python examples/protected_folder.py --out out --images my-folder

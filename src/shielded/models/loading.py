@@ -22,17 +22,17 @@ GUIDANCE: dict[str, float] = {
 
 
 def names() -> list[str]:
-    """The names that `load` knows, the embedded model first."""
+    """List the names that `load` knows, the embedded model first."""
     return list(PRESETS)
 
 
 def load(model: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
-    """A diffusers pipeline: a model by name, a folder, or a name on the Hugging Face hub.
+    """Load a diffusers pipeline by a model's name, from a folder, or from the Hugging Face hub.
 
     Args:
         model: one of `names()`, the path of a saved pipeline, or "owner/name".
-        device: where to run; None: CUDA if there is one, else the processor.
-        dtype: of the weights; None: the preset's, but float32 on the processor and for other models.
+        device: torch device; None: CUDA if there is one, else the CPU.
+        dtype: of the weights; None: the preset's, but float32 on the CPU and for models without a preset.
 
     Raises:
         ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
@@ -60,7 +60,7 @@ def load(model: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dty
 
 
 def locate(model: str) -> str | Path:
-    """Where a model is: a folder, or a name on the Hugging Face hub, which is not asked whether it has it.
+    """Return the folder of a model, or its name on the Hugging Face hub; the hub is not contacted.
 
     Raises:
         ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
@@ -80,12 +80,12 @@ def locate(model: str) -> str | Path:
 
 
 def call_options(model: str, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
-    """What a call of the pipeline takes besides prompt and seed.
+    """Return the options of a pipeline call besides prompt and seed.
 
     Args:
         model: as `load` takes it.
-        steps: of the sampler; None: the preset's, or 25.
-        guidance: its scale; None: the preset's, or what the pipeline takes by itself.
+        steps: sampler steps; None: the preset's, or 25.
+        guidance: guidance scale; None: the preset's, or the pipeline's default.
     """
     preset = preset_of(model)
     options: dict[str, Any] = {"steps": steps or preset.steps}
@@ -97,7 +97,7 @@ def call_options(model: str, steps: int | None = None, guidance: float | None = 
 
 
 def _import(folder: Path) -> None:
-    """Import the class of a saved pipeline, without the hints about torchvision that come with it."""
+    """Import the class of a saved pipeline without printing its hints about torchvision."""
     import diffusers
 
     with _quiet():
@@ -106,7 +106,7 @@ def _import(folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' hints about parts that the embedded model has no use for, and bars for milliseconds."""
+    """Silence the libraries' hints about parts that the embedded model does not use, and their short progress bars."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
