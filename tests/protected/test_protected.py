@@ -633,7 +633,7 @@ def test_a_read_only_folder(filled, monkeypatch):
     def read_only(path, *_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr(store, "open", read_only, raising=False)
+    monkeypatch.setattr(os, "open", read_only)  # of the lock
     for change in (lambda: filled.remove(["image 1"]), filled.compact, lambda: filled.add(randn(1, *SHAPE), ["x"])):
         with pytest.raises(OSError, match="set cannot be written to: Read-only file system; check the folder's"):
             change()

@@ -1,20 +1,20 @@
-"""The files of a protected set.
+"""Read and write the files of a protected set.
 
     set.json                    the manifest: which shards make up the current version
     000002.safetensors          a shard: some thousand rows; never changed once it is written
     000003.removed.safetensors  the rows that have been removed, and in which version
     history.jsonl               one line per version; the manifest says how much of it counts
     000002.index.safetensors    what the search derived from a shard; may be missing
-    unfinished.json             what `shielded protect` was asked for, until it is done
+    unfinished.json             the job of `shielded protect`, until it is finished
     lock                        held by the one process that is writing
 
 A shard holds `latents` (n, *shape), `norms` and `radii` (n,) float64 (NaN for none), `sha256` (n, 32) bytes of the
 digests of the image files (zeros for none), and `ids` and `sources` as JSON values in one array of bytes, value i
 from `ids_offsets[i]` to `ids_offsets[i + 1]`; `keys` are hashes of the ids.
 
-A new version is there once its manifest has replaced the old one, so a process that is killed leaves at worst files
-that no manifest names and a tail of the history that does not count. The numbers in file names only grow: no name
-ever comes back with other content.
+A new version exists once its manifest has replaced the old one, so a process that is killed leaves at worst files
+that no manifest names and a tail of the history that does not count. The numbers in file names only grow: no file
+name is ever used again for other content.
 """
 
 from __future__ import annotations
@@ -26,20 +26,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from shielded.files import chained, file_sha256, replacing, sha256
 from shielded.protected.columns import Digests, Rows, Texts
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
 
 MANIFEST = "set.json"
 HISTORY = "history.jsonl"
@@ -55,30 +50,27 @@ Manifest = dict[str, Any]
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Makes this the only writer. The system lets go of the lock when the process ends, however it ends.
+    """Make this process the only writer. The system releases the lock when the process ends, however it ends.
 
     Raises:
-        RuntimeError: if another process is writing.
-        OSError: in one sentence, if the folder cannot be written to or the disk is full.
+        RuntimeError: another process is writing.
+        OSError: in one sentence: the folder cannot be written to, or the disk is full.
     """
-    with explained(folder), open(folder / LOCK, "w") as file:
+    with explained(folder):
+        lock = FileLock(folder / LOCK)
         try:
-            _lock(file)
-        except OSError:
+            lock.acquire(blocking=False)
+        except Timeout:
             raise RuntimeError(f"Another process is writing to {folder}; try again when it has finished.") from None
-        yield
-
-
-def _lock(file: TextIO) -> None:
-    if fcntl is None:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Errors of the system while writing, as a sentence."""
+    """Turn errors of the system while writing into one sentence."""
     try:
         yield
     except OSError as error:
@@ -89,15 +81,15 @@ def explained(folder: Path) -> Iterator[None]:
         raise type(error)(f"{folder} cannot be written to: {os.strerror(error.errno)}; {hint}.{kept}") from error
 
 
-# ---- the manifest and the history ----
+# The manifest and the history ----------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The current manifest.
+    """Read the current manifest.
 
     Raises:
-        FileNotFoundError: if there is no protected set in `folder`.
-        ValueError: if the manifest is damaged or of another format.
+        FileNotFoundError: no protected set in `folder`.
+        ValueError: the manifest is damaged or of another format.
     """
     path = folder / MANIFEST
     try:
@@ -112,11 +104,10 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = json.loads(text)
         number = manifest["format"]
         del manifest["sha256"]
-        intact = number == 1 or _manifest_text(manifest) == text  # format 1 was laid out in another way
+        if number != 1 and _manifest_text(manifest) != text:  # format 1 was laid out in another way
+            raise ValueError
     except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise ValueError(f"{path} is damaged: its checksum does not hold.")
+        raise ValueError(f"{path} is damaged: its checksum does not hold.") from None
     if number != FORMAT:
         raise ValueError(
             f"{path} has format {number}; this version of shielded reads format {FORMAT}. "
@@ -126,21 +117,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Makes `manifest` the current one, at once."""
+    """Make `manifest` the current one, atomically."""
     with replacing(folder / MANIFEST) as draft:
         draft.write_text(_manifest_text(manifest), "utf-8")
 
 
 def append_history(folder: Path, history: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
-    """Writes the line of a version that is about to be committed.
+    """Write the line of a version that is about to be committed.
 
     Args:
-        folder: of the set.
-        history: what counts of the file so far: `bytes`, and `sha256` of each line with the digest before it.
+        folder: the set's folder.
+        history: the part of the file that counts so far: its `bytes`, and `sha256`, the last link of its hash chain.
         event: what happened.
 
     Returns:
-        What counts from the next manifest on.
+        The part that counts from the next manifest on.
     """
     path = folder / HISTORY
     if history["bytes"] and (not path.exists() or path.stat().st_size < history["bytes"]):
@@ -156,11 +147,11 @@ def append_history(folder: Path, history: dict[str, Any], event: dict[str, Any])
 
 
 def read_history(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """The events up to the version of this manifest.
+    """Read the events up to the version of this manifest.
 
     Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it is damaged.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged.
     """
     path = _existing(folder / HISTORY)
     with open(path, "rb") as file:
@@ -174,18 +165,18 @@ def read_history(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _manifest_text(manifest: Manifest) -> str:
-    """The only text that stands for this manifest, with its own checksum."""
+    """Serialise a manifest, with a checksum of itself, in the one way that counts as intact."""
     digest = sha256(json.dumps(manifest, sort_keys=True).encode())
     shards = ",\n".join(map(json.dumps, manifest["shards"]))
     rest = json.dumps({**{k: v for k, v in manifest.items() if k != "shards"}, "sha256": digest})
     return f'{rest[:-1]}, "shards": [\n{shards}\n]}}\n'
 
 
-# ---- shards ----
+# Shards -------------------------------------------------------------------------------------------------------------
 
 
 def write_shard(folder: Path, number: int, rows: Rows, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Writes a shard and returns its entry in the manifest."""
+    """Write a shard; return its entry in the manifest."""
     tensors = {
         "latents": rows.latents.reshape(-1, *shape),
         "norms": rows.norms,
@@ -201,11 +192,11 @@ def write_shard(folder: Path, number: int, rows: Rows, shape: tuple[int, ...]) -
 
 
 def read_shard(folder: Path, entry: dict[str, Any], dim: int, dtype: str) -> Rows:
-    """The rows of a shard, mapped and not read.
+    """Map the rows of a shard into memory, without reading them.
 
     Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if the file is damaged.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged.
     """
     tensors = _read(folder, entry)
     n = entry["rows"]
@@ -220,21 +211,20 @@ def read_shard(folder: Path, entry: dict[str, Any], dim: int, dtype: str) -> Row
             Digests(tensors["sha256"]),
         )
         lengths = {len(part) for part in vars(rows).values()}
-        intact = lengths == {n} and rows.latents.dtype == dtype and rows.sha256.data.shape == (n, 32)
+        if lengths != {n} or rows.latents.dtype != dtype or rows.sha256.data.shape != (n, 32):
+            raise ValueError
     except (ValueError, KeyError):
-        intact = False
-    if not intact:
-        raise ValueError(f"{folder / entry['file']} is damaged: it does not hold {n} rows.")
+        raise ValueError(f"{folder / entry['file']} is damaged: it does not hold {n} rows.") from None
     return rows
 
 
 def write_removed(folder: Path, number: int, rows: np.ndarray, versions: np.ndarray) -> dict[str, Any]:
-    """Writes which stored rows have been removed, and in which version; returns the entry in the manifest."""
+    """Write which stored rows have been removed, and in which version each; return the entry in the manifest."""
     return _write(folder, f"{number:06d}.removed.safetensors", {"rows": rows, "versions": versions}, len(rows))
 
 
 def read_removed(folder: Path, entry: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The stored rows that have been removed, and in which version."""
+    """Read which stored rows have been removed, and in which version each."""
     if entry is None:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     check_file(folder, entry)
@@ -247,11 +237,11 @@ def read_removed(folder: Path, entry: dict[str, Any] | None) -> tuple[np.ndarray
 
 
 def check_file(folder: Path, entry: dict[str, Any]) -> None:
-    """Compares a file with its checksum.
+    """Compare a file with its checksum.
 
     Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if a byte of the file has changed.
+        FileNotFoundError: the file is missing.
+        ValueError: a byte of the file has changed.
     """
     path = _existing(folder / entry["file"])
     if file_sha256(path) != entry["sha256"]:
@@ -259,11 +249,11 @@ def check_file(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def delete_unused(folder: Path, manifest: Manifest) -> None:
-    """Deletes shards, indexes and temporary files that do not belong to the manifest."""
+    """Delete shards, indexes and temporary files that do not belong to the manifest."""
     shards = {Path(entry["file"]).stem for entry in manifest["shards"]}
     kept = {MANIFEST, HISTORY, LOCK, UNFINISHED, (manifest["removed"] or {}).get("file")}
     for path in folder.iterdir():
-        # The index of a shard may be in the making, so its temporary file is left alone.
+        # A reader may be writing the index of a shard, so its temporary file is left alone.
         stem, _, rest = path.name.partition(".")
         used = path.name in kept or (stem in shards and (rest == "safetensors" or rest.startswith("index.")))
         if is_own(path) and not used:
@@ -272,7 +262,7 @@ def delete_unused(folder: Path, manifest: Manifest) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file of this name belongs to a protected set."""
+    """Tell whether a file of this name belongs to a protected set."""
     return _OWN.fullmatch(path.name) is not None
 
 
@@ -285,7 +275,7 @@ def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], rows: int) -
 
 
 def _read(folder: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a file as read-only arrays that are mapped and hold no file open."""
+    """Map the tensors of a file as read-only arrays, which hold no file open."""
     path = _existing(folder / entry["file"])
     try:
         with safe_open(path, "pt") as file:
