@@ -29,8 +29,9 @@ from shielded import LatentSpace, ProtectedSet, Spell
 from shielded.files import replace_section, write_json
 from shielded.generation import distributed, generate
 from shielded.models import GUIDANCE, load
-from shielded.protected import protected_set
-from shielded.protected.ray import cluster
+from shielded.protected import store, writer
+from shielded.protected.ray.ingest import encoded_rows
+from shielded.protected.ray.search import ClusterSnapshot
 
 SPACES = {
     "emoji, 128 px": 1_024,
@@ -104,7 +105,7 @@ def latents(count: int, side: int, seed: int) -> torch.Tensor:
 
 def large_set(folder: Path, rows: int, side: int) -> ProtectedSet:
     """In eight files, which two workers can share evenly; with its indexes, which the first search makes."""
-    protected_set._SHARD_BYTES = rows * 4 * side * side * 2 // 8
+    writer._MAX_SHARD_BYTES = rows * 4 * side * side * 2 // 8
     protected = ProtectedSet.create(folder, LatentSpace(shape=(4, side, side)), torch.float16)
     for first in range(0, rows, rows // 8):
         count = min(rows // 8, rows - first)
@@ -127,28 +128,28 @@ def on_ray(workers: int, stored: Path, radius: float, side: int, pictures: Path,
     os.environ.update(RAY_worker_niceness="0", RAY_BACKEND_LOG_LEVEL="fatal")  # read by Ray when it is imported
     import ray
 
-    # One processor more than encoders: cluster.add_images leaves one for reading.
+    # One processor more than encoders: one is left for reading.
     ray.init("local", num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     say(f"{workers} of Ray: search")
-    manifest = protected_set.store.read_manifest(stored)
+    manifest = store.read_manifest(stored)
     space = LatentSpace.from_json(manifest["space"])
-    spread = cluster.ClusterSet(stored, manifest, space, workers=workers)
-    measured = searches(spread, radius, side)
-    measured["question"] = median_seconds(lambda: spread._ask("count"), 101)
+    spread = ClusterSnapshot(stored, manifest, space, workers=workers)
+    measured = searches(ProtectedSet(spread), radius, side)
+    measured["question"] = median_seconds(lambda: spread._ask_all("count"), 101)
     # The difference of two jobs is without the time that workers take to load the model.
     say(f"{workers} of Ray: encode {images} images")
-    few, many = encoding(ray, pictures / "few"), encoding(ray, pictures)
+    few, many = encoding(pictures / "few"), encoding(pictures)
     measured["encode"] = (many - few) / (images - FEW)
     ray.shutdown()
     return measured
 
 
-def encoding(ray: Any, pictures: Path) -> float:
+def encoding(pictures: Path) -> float:
     """Seconds to read and encode all pictures of a folder."""
     with tempfile.TemporaryDirectory() as folder:
         target = ProtectedSet.create(Path(folder, "set"), LatentSpace.of(load("emoji", "cpu")))
         start = time.perf_counter()
-        assert all(not row["error"] for row in cluster._encoded(ray, target, str(pictures), "emoji", 32, False))
+        assert all(not row["error"] for row in encoded_rows(target, str(pictures), "emoji", 32, False))
         return time.perf_counter() - start
 
 

@@ -160,7 +160,7 @@ def ours(protected: ProtectedSet, radius: float) -> dict[str, Job]:
 
 def brute_force(protected: ProtectedSet, k: int, device: str) -> Job:
     """Float32 matrix products over all rows, which stay in float16."""
-    parts = [torch.from_numpy(rows).to(device) for _, rows in protected._vectors.parts()]
+    parts = [torch.from_numpy(rows).to(device) for _, rows in protected._reader.vectors.parts()]
     norms = [part.float().square().sum(1) for part in parts]
 
     def job(x0: Tensor, level: float) -> Any:
@@ -192,7 +192,7 @@ def faiss_ivf(folder: Path, protected: ProtectedSet) -> Any:
         dim, cells = protected.space.dim, int(4 * len(protected) ** 0.5)
         index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatL2(dim), dim, cells, faiss.ScalarQuantizer.QT_fp16)
         index.cp.niter, index.cp.min_points_per_centroid = 4, 1
-        parts = [rows for _, rows in protected._vectors.parts()]
+        parts = [rows for _, rows in protected._reader.vectors.parts()]
         few = max(1, len(protected) // (20 * cells))
         index.train(np.concatenate([rows[::few] for rows in parts]).astype(np.float32))
         centres = torch.from_numpy(index.quantizer.reconstruct_n(0, cells))
@@ -317,7 +317,7 @@ def faiss_flat(protected: ProtectedSet) -> Any:
     import faiss
 
     index = faiss.IndexFlatL2(protected.space.dim)
-    for _, rows in protected._vectors.parts():
+    for _, rows in protected._reader.vectors.parts():
         index.add(rows.astype(np.float32))
     return index
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from shielded import LatentSpace, ProtectedSet
-from shielded.protected import add_images, protected_set
+from shielded.protected import add_images, writer
 
 
 def private() -> float:
@@ -84,7 +84,9 @@ def write_photos(folder: Path, count: int) -> None:
 def protect(given: str | None, model: str, count: int, device: str, repeats: int) -> None:
     from shielded.latent_space import to_pixels
     from shielded.models import load
-    from shielded.protected.ingest import images, sources
+    from shielded.protected.ingest import sources
+    from shielded.protected.ingest.encoding import encode
+    from shielded.protected.ingest.pictures import decode
 
     with tempfile.TemporaryDirectory() as folder:
         if given is None:
@@ -94,11 +96,10 @@ def protect(given: str | None, model: str, count: int, device: str, repeats: int
         space = stable_diffusion_space(device) if model == "sd" else LatentSpace.of(load(model, device))
         chosen = list(islice(sources.pictures(given), count))
         start = time.perf_counter()
-        pixels = torch.stack([to_pixels(images._decode(picture.read()), space.image_size) for picture in chosen])
+        pixels = torch.stack([to_pixels(decode(picture.read()), space.image_size) for picture in chosen])
         decoding = (time.perf_counter() - start) / len(chosen)
         listed = iter(lambda: iter(chosen), None)
         original, sources.pictures = sources.pictures, lambda _: next(listed)
-        encode = images._encode
         rates = []
         for repeat in range(repeats + 1):
             start = time.perf_counter()
@@ -126,7 +127,7 @@ def protect(given: str | None, model: str, count: int, device: str, repeats: int
 def large(rows: int, dim: int, shards: int) -> None:
     """Few numbers per row, so that what is not latents shows; as many files as with 16,384 numbers."""
     per_shard = rows // shards
-    protected_set._SHARD_BYTES = per_shard * dim * 2
+    writer._MAX_SHARD_BYTES = per_shard * dim * 2
     rng = np.random.default_rng(0)
     latents = torch.from_numpy(rng.standard_normal((per_shard, dim), dtype=np.float32))
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,18 @@ class _Moved(ModuleType):
             raise AttributeError(name)
         return getattr(self.module(), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or name == "_new":
+            super().__setattr__(name, value)
+        else:
+            setattr(self.module(), name, value)
+
 
 # Entered as loaded modules, so that the import system does not put them over functions of the same name.
 MODULES = {old: _Moved(f"shielded.{old}", new) for old, new in _NEW.items()}
 sys.modules.update({module.__name__: module for module in MODULES.values()})
+
+
+def alias(old: str, new: str) -> None:
+    """Let an old module path inside a package of `shielded` stand for a new one; called when that package is loaded."""
+    sys.modules[old] = _Moved(old, new)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from shielded.cli import app
 from shielded.protected import ProtectedSet, store
-from shielded.protected.ingest import images
+from shielded.protected.ingest import encoding, job
 
 runner = CliRunner()
 
@@ -150,7 +150,7 @@ def test_overwrite(pictures, target):
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(pictures, target, monkeypatch):
-    unique = images._unique
+    unique = encoding.unique_name
 
     def interrupted(name, taken):
         if name == "c":
@@ -158,8 +158,8 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(pictures, ta
         return unique(name, taken)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_unique", interrupted)
-        patch.setattr("shielded.protected.add_images", partial(images.add_images, batch_size=1))
+        patch.setattr(encoding, "unique_name", interrupted)
+        patch.setattr(job, "add_images", partial(encoding.add_images, batch_size=1))
         stopped = run(pictures, "--out", target, code=1)
     assert "what was finished is kept" in stopped.stderr
     assert ProtectedSet.open(target).ids == ["a", "b"]
@@ -171,24 +171,24 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(pictures, ta
 PAUSED = """
 import sys
 from functools import partial
-import shielded.protected
+import os
 from shielded.cli import main
 from shielded.protected import store
-from shielded.protected.ingest import images
+from shielded.protected.ingest import encoding, job
 
-images._SAVE_SECONDS = 0
-shielded.protected.add_images = partial(images.add_images, batch_size=4)
-rename, left = store._replace, int(sys.argv.pop(1))
+encoding._SAVE_SECONDS = 0
+job.add_images = partial(encoding.add_images, batch_size=4)
+rename, left = os.replace, int(sys.argv.pop(1))
 
 def paused(temporary, path):
     global left
-    left -= 1
+    left -= not str(path).endswith(store.UNFINISHED)
     if not left:
         print("paused", flush=True)
         sys.stdin.read()
     rename(temporary, path)
 
-store._replace = paused
+os.replace = paused
 main()
 """
 
@@ -204,7 +204,7 @@ def test_kill_9_in_the_middle(tmp_path, monkeypatch, renames, version):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     (folder / "1.png").write_bytes(b"broken")
     (folder / "4.png").write_bytes((folder / "3.png").read_bytes())
-    monkeypatch.setattr("shielded.protected.add_images", partial(images.add_images, batch_size=4))
+    monkeypatch.setattr(job, "add_images", partial(encoding.add_images, batch_size=4))
     run(folder, "--out", tmp_path / "whole", "--radius", 5, "--mirror")
 
     target = tmp_path / "set"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from shielded.latent_space import LatentSpace, to_pixels
 from shielded.protected import ProtectedSet, add_images, load_images
-from shielded.protected.ingest import images, sources
+from shielded.protected.ingest import encoding, sources
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_the_encoder_is_given_the_same_batches_after_a_stop(folder, space, tmp_p
         return encode(self, pixels, *batch_size)
 
     monkeypatch.setattr(LatentSpace, "encode", watched)
-    monkeypatch.setattr(images, "_SAVE_SECONDS", 0)
+    monkeypatch.setattr(encoding, "_SAVE_SECONDS", 0)
     (folder / "b0.png").write_bytes(b"broken")
     (folder / "b1.png").write_bytes((folder / "a.png").read_bytes())
     whole = ProtectedSet.create(tmp_path / "whole", space)
@@ -298,7 +298,7 @@ def test_parquet_and_saved_datasets(folder, space, tmp_path):
 def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "x.parquet").touch()
-    with pytest.raises(RuntimeError, match="pip install"):
+    with pytest.raises(RuntimeError, match="the extra `parquet`"):
         list(sources.pictures(tmp_path / "x.parquet"))
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from shielded.latent_space import LatentSpace
-from shielded.protected import ProtectedSet, protected_set, store
+from shielded.protected import ProtectedSet, store, writer
 from shielded.protected.search import interface, whole
 
 SHAPE = (2, 3, 4)
@@ -265,7 +265,7 @@ def test_changes_are_the_same_in_memory_and_on_disk(tmp_path):
 
 
 def test_earlier_versions_open_until_they_are_compacted(tmp_path, monkeypatch):
-    monkeypatch.setattr(protected_set, "_SHARD_BYTES", 5 * 4 * SPACE.dim)  # five rows
+    monkeypatch.setattr(writer, "_MAX_SHARD_BYTES", 5 * 4 * SPACE.dim)  # five rows
     protected = ProtectedSet.create(tmp_path / "set", SPACE)
     z = randn(12, *SHAPE)
     seen = {}
@@ -299,7 +299,7 @@ def test_earlier_versions_open_until_they_are_compacted(tmp_path, monkeypatch):
 
 def test_files_stay_few_and_the_manifest_small(tmp_path, monkeypatch):
     """Rows that are added one at a time: files of 16 rows and the binary digits of the rest."""
-    monkeypatch.setattr(protected_set, "_SHARD_BYTES", 16 * 4 * SPACE.dim)
+    monkeypatch.setattr(writer, "_MAX_SHARD_BYTES", 16 * 4 * SPACE.dim)
     monkeypatch.setattr(store.os, "fsync", lambda _: None)
     protected = ProtectedSet.create(tmp_path / "set", SPACE)
     z = randn(75, *SHAPE)
@@ -334,7 +334,7 @@ def test_what_the_search_is_given(filled):
     filled.add(z[7:], ["seven", "eight"])
     filled.remove(["image 2", "seven"])
     for protected in (filled, ProtectedSet.open(filled.path)):
-        vectors = protected._vectors
+        vectors = protected._reader.vectors
         assert vectors.shape == (9, SPACE.dim)
         assert vectors.alive.tolist() == [row not in (2, 7) for row in range(9)]
         blocks = [block for _, block in vectors.parts()]
@@ -344,7 +344,7 @@ def test_what_the_search_is_given(filled):
         assert not any(block.flags.writeable for block in blocks)
         taken = vectors.take(np.array([8, 2, 8, 0]))
         np.testing.assert_array_equal(taken, z.flatten(1).numpy()[[8, 2, 8, 0]])
-    assert ProtectedSet.create(filled.path, SPACE, overwrite=True)._vectors.alive is None
+    assert ProtectedSet.create(filled.path, SPACE, overwrite=True)._reader.vectors.alive is None
 
 
 def test_indexes_go_with_their_shards(filled):
@@ -401,7 +401,7 @@ def test_columns_are_like_lists(tmp_path):
 
 def test_ids_whose_hashes_collide_are_told_apart(filled, monkeypatch):
     monkeypatch.setattr("shielded.protected.columns.keys", lambda ids: np.zeros(len(ids), np.int64))
-    monkeypatch.setattr(protected_set, "keys", lambda ids: np.zeros(len(ids), np.int64))
+    monkeypatch.setattr(writer, "keys", lambda ids: np.zeros(len(ids), np.int64))
     protected = ProtectedSet.create(filled.path.parent / "other", SPACE)
     protected.add(randn(3, *SHAPE), ["a", "b", "c"])
     protected.add(randn(1, *SHAPE), ["d"])
@@ -427,7 +427,7 @@ def test_compact_leaves_nothing_of_a_removed_image(filled):
 
 
 def test_compact_leaves_what_does_not_change(filled, monkeypatch):
-    monkeypatch.setattr(protected_set, "_SHARD_BYTES", 6 * 4 * SPACE.dim)
+    monkeypatch.setattr(writer, "_MAX_SHARD_BYTES", 6 * 4 * SPACE.dim)
     filled.add(randn(6, *SHAPE, seed=1), names(6, "other"))
     filled.add(randn(6, *SHAPE, seed=2), names(6, "third"))
     filled.remove(["other 3"])

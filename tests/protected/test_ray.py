@@ -25,8 +25,8 @@ from shielded import Spell
 from shielded.cli import app
 from shielded.latent_space import LatentSpace
 from shielded.models import load
-from shielded.protected import ProtectedSet, add_images, protected_set, store
-from shielded.protected.ray import cluster
+from shielded.protected import ProtectedSet, add_images, store, writer
+from shielded.protected.ray import connection, ingest, search
 
 WORKERS = 3
 TOKEN = "0" * 32  # of clusters that live as long as this file's tests
@@ -96,7 +96,7 @@ def ray(environment):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     started = Cluster(WORKERS)
     try:
-        cluster.connect(started.address)
+        connection.connect(started.address)
         yield ray, started
     finally:
         ray.shutdown()
@@ -107,7 +107,7 @@ def ray(environment):
 def stored(tmp_path_factory):
     """400 references in seven files, 58 of them removed, with radii of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protected_set, "_SHARD_BYTES", 60 * 64 * 4)
+        patch.setattr(writer, "_MAX_SHARD_BYTES", 60 * 64 * 4)
         protected = ProtectedSet.create(tmp_path_factory.mktemp("set"), LatentSpace(shape=(4, 4, 4)))
         generator = torch.Generator().manual_seed(0)
         latents = torch.randn(400, 4, 4, 4, generator=generator)
@@ -132,11 +132,11 @@ def same_hits(a, b):
 
 
 def astuple(hits):
-    return hits.query, hits.row, hits.distance
+    return hits.query, hits.row, hits.distance, hits.radius
 
 
 def test_the_set_reads_the_same(spread, stored):
-    assert len(spread._parts) >= WORKERS
+    assert len(spread._reader._actors) >= WORKERS
     assert len(spread) == len(stored)
     assert list(spread.ids) == list(stored.ids)
     assert spread.sources[3:8:2] == stored.sources[3:8:2]
@@ -176,11 +176,11 @@ def test_nearest_is_identical(spread, stored, x, k):
 
 
 def test_equal_distances_come_in_the_order_of_the_rows(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(protected_set, "_SHARD_BYTES", 2 * 4 * 4)
+    monkeypatch.setattr(writer, "_MAX_SHARD_BYTES", 2 * 4 * 4)
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape=(4,)))
     protected.add(torch.tensor([[1.0], [-1.0], [1.0], [-1.0], [1.0], [2.0]]).expand(6, 4), list("abcdef"))
     spread = ProtectedSet.open(tmp_path / "set", ray=ray[1].address)
-    assert len(spread._parts) == WORKERS
+    assert len(spread._reader._actors) == WORKERS
     assert spread.nearest(torch.zeros(1, 4), 5)[1] == [["a", "b", "c", "d", "e"]]
 
 
@@ -215,22 +215,25 @@ def test_spell_takes_it_like_any_set(spread, stored, x):
 
 
 def test_a_worker_that_is_killed_is_replaced(ray, stored, spread, x):
-    worker = psutil.Process(ray[0].get(spread._parts[0].__ray_call__.remote(lambda _: os.getpid())))
+    worker = psutil.Process(ray[0].get(spread._reader._actors[0].__ray_call__.remote(lambda _: os.getpid())))
     worker.suspend()  # so that it is killed before it has answered
     try:
-        asked = [part.within.remote(x.double().numpy(), 9.0, None) for part in spread._parts]
+        asked = [
+            actor.within.remote(x.flatten(1).double().numpy(), np.array(9.0), None, None)
+            for actor in spread._reader._actors
+        ]
         assert ray[0].wait(asked, num_returns=len(asked), timeout=0.5)[1]
     finally:
         worker.kill()
-    assert sum(len(row) for _, row, _ in cluster._results(asked, spread._head)) == len(stored.within(x, 9.0))
+    assert sum(len(row) for _, row, _ in connection.results(asked, spread._reader._head)) == len(stored.within(x, 9.0))
     assert same_hits(spread.within(x, 9.0), stored.within(x, 9.0))
 
 
 def test_workers_that_are_always_killed_end_the_search(ray, tmp_path, monkeypatch):
     """For example by the kernel, because their shards are too large for the machine."""
     ProtectedSet.create(tmp_path, LatentSpace(shape=(4,))).add(torch.zeros(1, 4), ["a"])
-    monkeypatch.setattr(cluster, "_Shards", Deadly)
-    monkeypatch.setattr(cluster, "_RETRIES", 1)
+    monkeypatch.setattr(search, "ShardActor", Deadly)
+    monkeypatch.setattr(search, "_MAX_RETRIES", 1)
     with pytest.raises(RuntimeError, match="a worker of the Ray cluster failed"):
         ProtectedSet.open(tmp_path, ray=ray[1].address)
 
@@ -284,7 +287,7 @@ def content(protected):
     return list(zip(protected.ids, protected.sources, protected.sha256, strict=True))
 
 
-class KilledOnce(cluster._Encoder):
+class KilledOnce(ingest.Encoder):
     """The first batch of all is never finished."""
 
     def __call__(self, table):
@@ -297,7 +300,7 @@ class KilledOnce(cluster._Encoder):
 
 def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp_path, monkeypatch):
     # Who reads the pipe waits for somebody who writes into it: meanwhile it is killed. So is an encoder at its work.
-    monkeypatch.setattr(cluster, "_Encoder", KilledOnce)
+    monkeypatch.setattr(ingest, "Encoder", KilledOnce)
     KilledOnce.marker = tmp_path / "killed"
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -317,7 +320,9 @@ def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp
     feeder.start()
     paths = [str(pictures), f"@{listed}"]
     protected = ProtectedSet.create(tmp_path / "spread", space)
-    done = cluster.add_images(protected, paths, ray[1].address, "emoji", 5.0, batch_size=2, mirror=True, progress=False)
+    done = ingest.add_images_on_cluster(
+        protected, paths, ray[1].address, "emoji", 5.0, batch_size=2, mirror=True, progress=False
+    )
     feeder.join()
     assert len(killed) == 1
     assert KilledOnce.marker.exists()
@@ -358,8 +363,8 @@ while True:
 PROTECT = """
 from shielded.cli import main
 from shielded.protected import ProtectedSet
-from shielded.protected.ingest import images
-images._SAVE_SECONDS = 0
+from shielded.protected.ingest import encoding
+encoding._SAVE_SECONDS = 0
 add = ProtectedSet.add
 def add_and_tell(self, *arguments):
     add(self, *arguments)
@@ -413,7 +418,7 @@ def test_without_its_head_it_says_so_and_goes_on_later(ray, pictures, stored, tm
 
 def test_without_ray_it_says_what_to_install(monkeypatch, stored, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'shielded\[ray\]'"):
+    with pytest.raises(RuntimeError, match="the extra `ray`"):
         ProtectedSet.open(stored.path, ray="auto")
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shielded.cli.options import AsJson, Debug, Device, Model, Overwrite, UsageError, errors, positive, show, why
-from shielded.files import write_json
 from shielded.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from shielded.protected import AddedImages, ProtectedSet
+    from shielded.protected import ProtectResult
 
-_SHOWN = 20  # images that could not be read
+_MAX_SKIPPED_SHOWN = 20
 
 
 def protect(
@@ -30,14 +28,12 @@ def protect(
     model: Model = DEFAULT_MODEL,
     radius: Annotated[
         float | None,
-        typer.Option(metavar="R", callback=positive, help="Of the shields of these images, L2 in the latent space."),
+        typer.Option(metavar="R", callback=positive, help="Shield radius of these images, L2 in the latent space."),
     ] = None,
     mirror: Annotated[
         bool, typer.Option("--mirror", metavar="", help="Protect each image mirrored left to right too.")
     ] = False,
-    add: Annotated[
-        bool, typer.Option("--add", metavar="", help="Add to a set that exists; what is in it stays.")
-    ] = False,
+    add: Annotated[bool, typer.Option("--add", metavar="", help="Add to a set that exists; its images stay.")] = False,
     remove: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Remove this image and its mirror image; may be repeated.")
     ] = None,
@@ -53,113 +49,65 @@ def protect(
 ) -> None:
     """Encode images into a protected set; remove images from one.
 
-    A run that was stopped goes on where it was when it is started again.
+    A run that was interrupted goes on where it stopped when the command is repeated.
 
     Example: shielded protect photos/ --out my-set --radius 18
     """
     with errors(debug):
         if not (paths or remove or compact):
             raise UsageError("nothing to do; give images to protect, --remove ID or --compact.")
-        from shielded.protected import AddedImages, ProtectedSet
+        from shielded.protected.ingest import job
 
-        done, removed, other_radii = AddedImages(), 0, False
-        if remove:
-            removed = _remove(ProtectedSet.open(out), remove)
-        if paths:
-            job = {"paths": paths, "model": model, "radius": radius, "mirror": mirror}
-            other_radii = radius is not None and add and bool((ProtectedSet.open(out).radii != radius).any())
-            done = _add(out, job, add or bool(remove), overwrite, strict, device, not as_json, ray)
-        protected = ProtectedSet.open(out)
-        if compact:
-            protected.compact()
-        _show_skipped(done)
-        if done.present and other_radii:
-            typer.echo(
-                f"{done.present} were in the set already and keep the radius that they have there; to change it, "
-                "--remove them first, or give --radius to generate.",
-                err=True,
+        try:
+            result = job.protect(
+                paths or [],
+                out,
+                model=model,
+                radius=radius,
+                mirror=mirror,
+                add=add,
+                remove=remove or (),
+                compact=compact,
+                overwrite=overwrite,
+                strict=strict,
+                ray=ray,
+                device=device,
+                progress=not as_json,
             )
-        result = {"set": str(out), "size": len(protected), "version": protected.version, "removed": removed}
-        counts = f"{done.added} added, {done.present} already present, {len(done.skipped)} skipped, {removed} removed"
-        show({**result, **vars(done)}, as_json, f"{out}: {counts}; {len(protected)} in all.")
-        if paths and not len(protected):
-            _delete(out)  # so that the next try finds no set there
-            raise ValueError("none of the images could be read; the set is empty.")
+        except FileExistsError as error:
+            raise UsageError(str(error)) from None
+        except KeyError as error:
+            raise UsageError(f"{error.args[0]} Ids are file names without suffix, as verify shows them.") from None
+        except job.EmptySetError as error:
+            _print(error.result, as_json)
+            raise
+        _print(result, as_json)
 
 
-def _delete(out: Path) -> None:
-    from shielded.protected import store
-
-    for file in filter(store.is_own, list(out.iterdir())):
-        file.unlink()
-    if not any(out.iterdir()):
-        out.rmdir()
-
-
-def _remove(protected: ProtectedSet, ids: list[str]) -> int:
-    from shielded.protected.ingest.images import MIRRORED
-
-    mirrored = [MIRRORED + name for name in ids]
-    try:
-        protected.remove([*ids, *(name for name in mirrored if name in protected.ids and name not in ids)])
-    except KeyError as error:
-        raise UsageError(f"{error.args[0]} Ids are file names without suffix, as verify shows them.") from None
-    return len(ids)
+def _print(result: ProtectResult, as_json: bool) -> None:
+    _print_skipped(result.skipped)
+    if result.present and result.other_radii:
+        typer.echo(
+            f"{result.present} were in the set already and keep the radius that they have there; to change it, "
+            "--remove them first, or give --radius to generate.",
+            err=True,
+        )
+    counts = (
+        f"{result.added} added, {result.present} already present, {len(result.skipped)} skipped, "
+        f"{result.removed} removed"
+    )
+    printed = {name: value for name, value in vars(result).items() if name != "other_radii"}
+    show(printed, as_json, f"{result.set}: {counts}; {result.size} in all.")
 
 
-def _add(
-    out: Path,
-    job: dict[str, Any],
-    add: bool,
-    overwrite: bool,
-    strict: bool,
-    device: str | None,
-    progress: bool,
-    ray: str | None,
-) -> AddedImages:
-    """Encodes the images of a job into the set; goes on with the same job if that was stopped."""
-    from shielded.protected import ProtectedSet, add_images, store
-    from shielded.protected.ingest.sources import require_images
-
-    if out.is_file() or (out.is_dir() and not all(map(store.is_own, out.iterdir()))):
-        raise UsageError(f"{out} holds something else; give a protected set a folder of its own.")
-    note = out / store.UNFINISHED
-    goes_on = add or not overwrite
-    protected = ProtectedSet.open(out) if goes_on and (out / store.MANIFEST).exists() else None
-    if protected and not add and not (note.exists() and json.loads(note.read_text()) == job):
-        raise UsageError(f"{out} is a protected set already; use --add to add to it, or --overwrite to replace it.")
-    require_images(job["paths"])  # a path that does not exist ends it before the model is loaded
-    if ray is not None:
-        from shielded.protected.ray import cluster
-
-        cluster.connect(ray)
-
-    import torch
-
-    from shielded.latent_space import LatentSpace
-    from shielded.models import load
-
-    space = LatentSpace.of(load(job["model"], device))
-    if protected is None:
-        protected = ProtectedSet.create(out, space, torch.float16, overwrite)
-        write_json(note, job)
-    options = {"radius": job["radius"], "strict": strict, "mirror": job["mirror"], "progress": progress}
-    if ray is None:
-        done = add_images(protected, job["paths"], space=space, **options)
-    else:
-        done = cluster.add_images(protected, job["paths"], ray, job["model"], **options)
-    note.unlink(missing_ok=True)
-    return done
-
-
-def _show_skipped(done: AddedImages) -> None:
-    """The images that could not be read, as a table."""
-    if not done.skipped:
+def _print_skipped(skipped: list[tuple[str, str]]) -> None:
+    """Print the images that could not be read, as a table."""
+    if not skipped:
         return
-    shown = done.skipped[:_SHOWN]
+    shown = skipped[:_MAX_SKIPPED_SHOWN]
     width = max(len(path) for path, _ in shown)
-    typer.echo(f"{len(done.skipped)} could not be read:", err=True)
+    typer.echo(f"{len(skipped)} could not be read:", err=True)
     for path, reason in shown:
         typer.echo(f"  {path:<{width}}  {why(reason)}", err=True)
-    if len(done.skipped) > len(shown):
-        typer.echo(f"  ... {len(done.skipped) - len(shown)} more; --json names all of them", err=True)
+    if len(skipped) > len(shown):
+        typer.echo(f"  ... {len(skipped) - len(shown)} more; --json names all of them", err=True)

@@ -1,8 +1,21 @@
-"""Protected images on disk, and the exact search for those that a prediction comes too close to."""
+"""Keep protected images on disk, and find exactly those that a prediction comes too close to."""
 
-from shielded.protected.ingest.images import AddedImages, add_images, load_images
-from shielded.protected.ingest.sources import find_images
+from shielded._moved import alias
+from shielded.core.references import Hits
+from shielded.protected.ingest.encoding import AddedImages, add_images
+from shielded.protected.ingest.job import ProtectResult, protect
+from shielded.protected.ingest.sources import find_images, load_images
 from shielded.protected.protected_set import ProtectedSet
-from shielded.protected.search.search import Hits
 
-__all__ = ["AddedImages", "Hits", "ProtectedSet", "add_images", "find_images", "load_images"]
+__all__ = [
+    "AddedImages",
+    "Hits",
+    "ProtectResult",
+    "ProtectedSet",
+    "add_images",
+    "find_images",
+    "load_images",
+    "protect",
+]
+
+alias("shielded.protected.images", "shielded.protected.ingest.encoding")

@@ -1,11 +1,12 @@
-"""What is known of the rows of a set, as arrays that stay on disk until something is asked for."""
+"""Hold ids, sources, digests and radii of the rows of a set as arrays that stay on disk until they are read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ Id = str | int
 
 
 class Texts:
-    """Strings, numbers and None one after the other, as JSON in a single array of bytes.
+    """Strings, numbers and None, as JSON values in a single array of bytes.
 
     Args:
-        data: uint8, all entries without anything in between.
+        data: uint8, all entries without a separator.
         offsets: (n + 1,) int64; entry i is `data[offsets[i]:offsets[i + 1]]`.
     """
 
@@ -39,8 +40,11 @@ class Texts:
     def __getitem__(self, row: int) -> Any:
         return json.loads(self.text(row))
 
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
+
     def text(self, row: int) -> bytes:
-        """The JSON of an entry."""
+        """Return the JSON of an entry."""
         return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes()
 
     def take(self, rows: np.ndarray) -> Texts:
@@ -61,7 +65,7 @@ class Digests:
 
     @classmethod
     def of(cls, values: Sequence[str | None]) -> Digests:
-        """Raises ValueError where a value is not 64 hexadecimal digits."""
+        """Convert hexadecimal digests; raise ValueError if a value is not 64 hexadecimal digits."""
         data = b"".join(_digest(value) for value in values)
         return cls(np.frombuffer(data, np.uint8).reshape(len(values), 32))
 
@@ -97,7 +101,7 @@ class Rows:
         latents: (n, dim) float16 or float32.
         norms: (n,) float64, ‖z‖² of each.
         radii: (n,) float64, NaN for none.
-        keys: (n,) int64, hashes of the ids, by which they are found.
+        keys: (n,) int64, hashes of the ids, for the search by id.
         ids: n names.
         sources: n paths or addresses, or None.
         sha256: digests of the image files.
@@ -115,61 +119,49 @@ class Rows:
         return len(self.latents)
 
     def take(self, rows: np.ndarray) -> Rows:
-        return Rows(*(part.take(rows) if isinstance(part, Texts | Digests) else part[rows] for part in self._parts()))
+        return Rows(
+            self.latents[rows],
+            self.norms[rows],
+            self.radii[rows],
+            self.keys[rows],
+            self.ids.take(rows),
+            self.sources.take(rows),
+            self.sha256.take(rows),
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
         if len(parts) == 1:
             return parts[0]
-        columns = zip(*(rows._parts() for rows in parts), strict=True)
         return Rows(
-            *(type(c[0]).concatenate(c) if isinstance(c[0], Texts | Digests) else np.concatenate(c) for c in columns)
+            np.concatenate([rows.latents for rows in parts]),
+            np.concatenate([rows.norms for rows in parts]),
+            np.concatenate([rows.radii for rows in parts]),
+            np.concatenate([rows.keys for rows in parts]),
+            Texts.concatenate([rows.ids for rows in parts]),
+            Texts.concatenate([rows.sources for rows in parts]),
+            Digests.concatenate([rows.sha256 for rows in parts]),
         )
-
-    def _parts(self) -> list[Any]:
-        return [getattr(self, field.name) for field in fields(self)]
 
 
 def keys(ids: Texts) -> np.ndarray:
-    """Hashes (n,) int64 of ids. Different ids may share one, so a match is compared in full."""
+    """Hash ids to (n,) int64. Different ids may share a hash, so the ids of a match must be compared."""
     hashes = [hashlib.blake2b(ids.text(row), digest_size=8).digest() for row in range(len(ids))]
     return np.frombuffer(b"".join(hashes), "<i8")
 
 
-class Column(Sequence):
-    """One property of every row of a set: like a list, but read from disk when an entry is asked for.
+class Column(Sequence[Any], ABC):
+    """One property of every row of a set: like a list, but an entry is read when it is asked for."""
 
-    Args:
-        parts: the property of the rows of each shard.
-        live: (K,) the stored rows that have not been removed, ascending; None: all of them.
-    """
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # compared like a list, so not hashable
 
-    __hash__ = None
-
-    def __init__(self, parts: Sequence[Texts | Digests], live: np.ndarray | None) -> None:
-        self._parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)])
-        self._live = live
-
-    def __len__(self) -> int:
-        return int(self._starts[-1]) if self._live is None else len(self._live)
+    @abstractmethod
+    def take(self, rows: np.ndarray) -> list[Any]:
+        """Read the entries of the rows (n,)."""
 
     def __getitem__(self, index: Any) -> Any:
         rows = range(len(self))[index]
-        return [self._read(row) for row in rows] if isinstance(rows, range) else self._read(rows)
-
-    def _read(self, row: int) -> Any:
-        stored = row if self._live is None else self._live[row]
-        part = np.searchsorted(self._starts, stored, side="right") - 1
-        return self._parts[part][stored - self._starts[part]]
-
-    def __iter__(self) -> Iterator[Any]:
-        for start, part in zip(self._starts, self._parts, strict=False):
-            rows: Iterable[int] = range(len(part))
-            if self._live is not None:
-                first, last = np.searchsorted(self._live, (start, start + len(part)))
-                rows = (self._live[first:last] - start).tolist()
-            yield from map(part.__getitem__, rows)
+        return self.take(np.array(rows, np.int64)) if isinstance(rows, range) else self.take(np.array([rows]))[0]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):
@@ -181,11 +173,43 @@ class Column(Sequence):
         return f"[{shown}, ... {len(self)} in all]" if len(self) > 3 else f"[{shown}]"
 
 
-class Ids(Column):
+class StoredColumn(Column):
+    """A column that is mapped from the shards of a set.
+
+    Args:
+        parts: the entries of each shard.
+        live: (K,) the stored rows that have not been removed, ascending; None: all of them.
+    """
+
+    def __init__(self, parts: Sequence[Texts | Digests], live: np.ndarray | None) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self._live = live
+
+    def __len__(self) -> int:
+        return int(self._starts[-1]) if self._live is None else len(self._live)
+
+    def take(self, rows: np.ndarray) -> list[Any]:
+        """Read the entries of the rows (n,)."""
+        stored = rows if self._live is None else self._live[rows]
+        parts = np.searchsorted(self._starts, stored, side="right") - 1
+        return [self._parts[part][row - self._starts[part]] for part, row in zip(parts, stored, strict=True)]
+
+    def __iter__(self) -> Iterator[Any]:
+        for start, part in zip(self._starts, self._parts, strict=False):
+            rows: Iterable[int] = range(len(part))
+            if self._live is not None:
+                first, last = np.searchsorted(self._live, (start, start + len(part)))
+                rows = (self._live[first:last] - start).tolist()
+            yield from map(part.__getitem__, rows)
+
+
+class Ids(StoredColumn):
     """The ids of a set, found by their hashes."""
 
     def __init__(self, shards: Sequence[Rows], live: np.ndarray | None, alive: np.ndarray | None) -> None:
-        super().__init__([rows.ids for rows in shards], live)
+        self._texts = [rows.ids for rows in shards]
+        super().__init__(self._texts, live)
         self._keys = [rows.keys for rows in shards]
         self._alive = alive
 
@@ -193,12 +217,12 @@ class Ids(Column):
         return isinstance(name, Id) and bool(self.find([name]))
 
     def find(self, names: Sequence[Id]) -> dict[Id, int]:
-        """The stored row of each of these names (one at least) that the set has."""
+        """Find those of these names (at least one) that the set has; return the stored row of each."""
         texts = Texts.of(names)
         by_text = {texts.text(row): name for row, name in enumerate(names)}
         wanted = np.sort(keys(texts))
         found = {}
-        for start, part, hashes in zip(self._starts.tolist(), self._parts, self._keys, strict=False):
+        for start, part, hashes in zip(self._starts.tolist(), self._texts, self._keys, strict=False):
             nearest = np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)
             for row in np.flatnonzero(wanted[nearest] == hashes).tolist():
                 name = by_text.get(part.text(row))

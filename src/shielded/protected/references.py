@@ -1,16 +1,25 @@
-"""A protected set as references of a Spell."""
+"""Let a Spell ask a protected set for the references near x0."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from shielded.core.references import Hits, Scan
-from shielded.protected.protected_set import ProtectedSet
+from shielded.protected.protected_set import ProtectedSet, hit_radii
 
 
 class SetReferences:
-    """A protected set on disk, searched by its own exact search; only the `nearest` ones of each image, if given."""
+    """References in a protected set, found by its exact search.
+
+    Args:
+        protected: the set.
+        radius: one number or (K,).
+        device: of the vectors.
+        nearest: repel from only so many references of each image, the nearest ones; None: all.
+    """
 
     def __init__(
         self, protected: ProtectedSet, radius: float | Tensor, device: torch.device, nearest: int | None = None
@@ -21,21 +30,21 @@ class SetReferences:
         self._nearest = nearest
 
     def vectors(self, rows: Tensor) -> Tensor:
+        """Read the vectors (P, D) of the rows (P,)."""
         return self._protected.vectors(rows.cpu()).flatten(1).to(self._device)
 
     def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
-        # The search runs on the host, so there is nothing to say before it.
+        """Defer the whole search to the second half, since it runs on the host."""
         return Scan(torch.ones((), dtype=torch.bool, device=x0.device), lambda: self._search(x0, shrink))
 
     def _search(self, x0: Tensor, shrink: Tensor | None) -> Hits:
         x = x0.view(len(x0), *self._protected.space.shape)
-        # Which references are nearest does not depend on their radii, so those within the largest radius are asked for.
-        radius = self._radius if self._nearest is None else self._radius.max()
-        found = self._protected.within(x, radius, shrink, nearest=self._nearest)
-        query, row, distance = found.query, found.row, found.distance
-        radius = self._radius.to(x0.device)
-        radius = radius[row] if radius.dim() else radius.expand(len(row))
-        if shrink is not None:
-            radius = (radius.square() - shrink.double()[query]).clamp(min=0).sqrt()
-        hits = Hits(query, row, distance.double(), radius)
+        if self._nearest is None or not self._radius.ndim:
+            return self._protected.within(x, self._radius, shrink, self._nearest)
+        # Which references are nearest does not depend on their radii, so the search asks for those within the largest.
+        found = self._protected.within(x, self._radius.max(), shrink, self._nearest)
+        query, row = found.query.cpu().numpy(), found.row.cpu().numpy()
+        reduction = None if shrink is None else shrink.detach().cpu().double().numpy()
+        applied = hit_radii(self._radius.detach().cpu().numpy(), reduction, query, row)
+        hits = replace(found, radius=torch.from_numpy(applied).to(found.distance))
         return hits[hits.distance < hits.radius]

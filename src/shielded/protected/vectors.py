@@ -1,4 +1,4 @@
-"""The latents of a protected set as they lie on disk."""
+"""Read the latents of a protected set from its files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 class Vectors:
-    """What the search works on: one block of latents per shard, including rows that have been removed.
+    """Latents for the search to read: one block per shard, including rows that have been removed.
 
-    Rows are counted over all blocks ("stored rows"). The blocks are memory-mapped and read-only, so whatever is read
-    from them is in the system's cache and not in the memory of the process.
+    Rows are counted over all blocks ("stored rows"). The blocks are memory-mapped and read-only, so what is read from
+    them is in the system's cache and not in the memory of the process.
 
     Args:
-        paths: the file of each block. A name never comes back with other content.
+        paths: the file of each block. A file name is never used again for other content.
         blocks: (n, dim) float16 or float32 each.
         dim: numbers per row.
         alive: (K,) bool, False for the rows that have been removed; None: none has.
@@ -35,14 +35,14 @@ class Vectors:
         return int(self._starts[-1]), self._dim
 
     def parts(self) -> list[tuple[int, np.ndarray]]:
-        """(stored row of its first vector, block) of each file in `paths`."""
+        """List (stored row of its first vector, block) of each file in `paths`."""
         return list(zip(self._starts[:-1].tolist(), self._blocks, strict=True))
 
     def take(self, stored_rows: np.ndarray) -> np.ndarray:
-        """(P, dim) float32, the vectors of the stored rows (P,) in their order."""
+        """Read the vectors of the stored rows (P,), as (P, dim) float32 in their order."""
         vectors = np.empty((len(stored_rows), self._dim), self._dtype)
         part = np.searchsorted(self._starts, stored_rows, side="right") - 1
         for number in np.unique(part):
-            here = part == number
-            vectors[here] = self._blocks[number][stored_rows[here] - self._starts[number]]
-        return torch.from_numpy(vectors).float().numpy()  # NumPy takes several times as long with float16
+            chosen = part == number
+            vectors[chosen] = self._blocks[number][stored_rows[chosen] - self._starts[number]]
+        return torch.from_numpy(vectors).float().numpy()  # NumPy converts float16 several times more slowly

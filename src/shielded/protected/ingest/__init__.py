@@ -1,1 +1,1 @@
-"""From image files to a protected set."""
+"""Bring images into a protected set: find, read, encode, resume."""

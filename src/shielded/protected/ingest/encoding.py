@@ -1,0 +1,223 @@
+"""Encode images into a protected set: read in threads, encode in batches, save now and then."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shielded.latent_space import LatentSpace, to_pixels
+from shielded.protected.columns import Id
+from shielded.protected.ingest import sources
+from shielded.protected.ingest.pictures import MIRRORED, Picture, decode, in_threads, is_mirrored, skip, unique_name
+from shielded.protected.ingest.sources import Paths
+from shielded.protected.protected_set import ProtectedSet
+
+_SAVE_SECONDS = 30.0  # of unsaved work that a kill may cost
+_SAVE_BYTES = 1 << 26  # of unsaved latents
+
+
+@dataclass
+class AddedImages:
+    """Outcome of adding images to a set.
+
+    Args:
+        added: how many were encoded and added, each mirrored image counted too.
+        present: how many were in the set already, or were given twice.
+        skipped: path and reason of each image that could not be read.
+    """
+
+    added: int = 0
+    present: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def add_images(
+    protected: ProtectedSet,
+    paths: Paths,
+    radius: float | None = None,
+    strict: bool = False,
+    batch_size: int = 32,
+    space: LatentSpace | None = None,
+    mirror: bool = False,
+    progress: bool = True,
+) -> AddedImages:
+    """Encode images into a protected set.
+
+    An image whose bytes (by SHA-256) are in the set already is not encoded again, so an interrupted run goes on where
+    it stopped. Encoded images are saved every half minute and when the run ends, in any way but a kill.
+
+    Args:
+        protected: the set to add to.
+        paths: one or several files, folders, globs, tar archives, parquet or Arrow files, or @FILE with a path on each
+            line (`sources.pictures`).
+        radius: shield radius of these images, L2 in the latent space; None leaves it open.
+        strict: raise if an image cannot be read, instead of skipping it.
+        batch_size: images per call of the encoder.
+        space: the space with its autoencoder, `LatentSpace.of(pipe)`; needed for a set that was opened.
+        mirror: also protect each image mirrored left to right, as `mirrored:ID`.
+        progress: show a progress bar.
+
+    Returns:
+        How many images were added and how many were present, and which were skipped.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or there is no image in it.
+        ValueError: the space is not that of the set or cannot encode, or `strict` and an image cannot be read.
+        RuntimeError: another process is writing to the set.
+        OSError: the disk is full or the folder read-only.
+    """
+    space = space or protected.space
+    protected.require_space(space)
+    space.encode([])  # refuses a space without an autoencoder before anything is read
+    sources.require_images(paths)
+    result = AddedImages()
+    total = sources.count(paths) if progress else None
+    bar = tqdm(total=total, desc="protect", unit="image", disable=not progress)
+    missing = _missing_images(protected, paths, space, mirror, strict, batch_size, result, bar)
+    with bar, closing(missing), Saver(protected, radius, result) as saver:
+        # Whole batches are saved, so that a resumed run forms the same batches as one that was not interrupted.
+        while batch := list(islice(missing, batch_size)):
+            saver.append([image for image, _ in batch], encode(space, [pixels for _, pixels in batch]))
+    return result
+
+
+def pixels_of(data: bytes, space: LatentSpace) -> Tensor:
+    """Decode an image file to pixels (3, H, W) of the image size of a space."""
+    if space.image_size is None:
+        raise ValueError("the latent space has no image size.")
+    return to_pixels(decode(data), space.image_size)
+
+
+def encode(space: LatentSpace, pixels: list[Tensor]) -> Tensor:
+    """Encode pixels (3, H, W) each as one batch of latents (n, *shape)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a batch of bright images is no mistake
+        return space.encode(torch.stack(pixels), len(pixels))
+
+
+class EncodedImage(NamedTuple):
+    """Columns of an image that is about to be added: its id, source and digest."""
+
+    id: str
+    source: str
+    sha256: str
+
+
+class Saver:
+    """Collect encoded images, and add them to a set now and then and at the end of the `with` block.
+
+    Args:
+        protected: the set.
+        radius: shield radius of the images; None leaves it open.
+        result: counts the images that were added.
+    """
+
+    def __init__(self, protected: ProtectedSet, radius: float | None, result: AddedImages) -> None:
+        self._protected, self._radius, self._result = protected, radius, result
+        self._images: list[EncodedImage] = []
+        self._latents: list[Tensor] = []
+        self._unsaved_bytes = 0
+        self._saved = time.monotonic()
+
+    def append(self, images: Sequence[EncodedImage], latents: Tensor) -> None:
+        """Collect images with their latents (n, *shape); save if a kill would cost too much by now."""
+        self._images += images
+        self._latents.append(latents)
+        self._unsaved_bytes += latents.nbytes
+        if time.monotonic() - self._saved >= _SAVE_SECONDS or self._unsaved_bytes >= _SAVE_BYTES:
+            self.save()
+            self._saved = time.monotonic()
+
+    def save(self) -> None:
+        """Add all collected images to the set."""
+        if not self._images:
+            return
+        latents, images = torch.cat(self._latents), list(self._images)
+        self._latents.clear()
+        self._images.clear()
+        self._unsaved_bytes = 0
+        ids, origins, digests = zip(*images, strict=True)
+        self._protected.add(latents, ids, self._radius, origins, digests)
+        self._result.added += len(images)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.save()
+
+
+class KnownImages:
+    """Digests and ids of the images in a set, to find what is missing and to name it.
+
+    Args:
+        protected: the set.
+        mirror: whether each image is to be there mirrored as well.
+    """
+
+    def __init__(self, protected: ProtectedSet, mirror: bool) -> None:
+        self._versions = (False, True) if mirror else (False,)
+        self._names: set[Id] = set()
+        self._digests: dict[bool, set[bytes]] = {False: set(), True: set()}  # by whether it is mirrored
+        for name, digest in zip(protected.ids, protected.sha256, strict=True):
+            self._names.add(name)
+            if digest is not None:
+                self._digests[is_mirrored(name)].add(bytes.fromhex(digest))
+
+    def missing(self, digest: bytes) -> list[bool]:
+        """List the missing versions of an image: False for the image itself, True for its mirror image."""
+        return [mirrored for mirrored in self._versions if digest not in self._digests[mirrored]]
+
+    def add(self, digest: bytes, name: str, mirrored: bool) -> str:
+        """Count a version of an image among the known ones; return its id."""
+        self._digests[mirrored].add(digest)
+        return unique_name(MIRRORED + name if mirrored else name, self._names)
+
+    def complete(self) -> set[bytes]:
+        """List the digests of the images of which no version is missing."""
+        return set.intersection(*(self._digests[mirrored] for mirrored in self._versions))
+
+
+def _missing_images(
+    protected: ProtectedSet,
+    paths: Paths,
+    space: LatentSpace,
+    mirror: bool,
+    strict: bool,
+    ahead: int,
+    result: AddedImages,
+    bar: tqdm,
+) -> Generator[tuple[EncodedImage, Tensor]]:
+    """Yield columns and pixels of each image that is not in the set yet and can be decoded, in order."""
+    known = KnownImages(protected, mirror)
+
+    def prepare(picture: Picture) -> tuple[bytes, Tensor | None] | Exception:
+        try:
+            data = picture.read()
+            digest = hashlib.sha256(data).digest()
+            return digest, pixels_of(data, space) if known.missing(digest) else None
+        except Exception as error:  # decoders raise all kinds of errors on broken files
+            return error
+
+    for picture, prepared in in_threads(prepare, sources.pictures(paths), ahead):
+        bar.update()
+        if isinstance(prepared, Exception):
+            skip(picture.source, prepared, strict, result.skipped)
+            continue
+        digest, pixels = prepared
+        missing = known.missing(digest)
+        result.present += not missing
+        for mirrored in missing:
+            assert pixels is not None  # digests are only ever added, so it was missing when it was read
+            name = known.add(digest, picture.name, mirrored)
+            yield EncodedImage(name, picture.source, digest.hex()), pixels.flip(-1) if mirrored else pixels

@@ -1,0 +1,179 @@
+"""Run the job behind `shielded protect`: resumable, from Python or the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shielded.files import write_json
+from shielded.latent_space import LatentSpace
+from shielded.models import DEFAULT_MODEL
+from shielded.protected import store
+from shielded.protected.ingest.encoding import AddedImages, add_images
+from shielded.protected.ingest.pictures import MIRRORED
+from shielded.protected.ingest.sources import Paths, require_images
+from shielded.protected.protected_set import ProtectedSet
+
+
+@dataclass
+class ProtectResult:
+    """Outcome of `protect`.
+
+    Args:
+        set: the set's folder.
+        size: rows that it holds now.
+        version: its version now.
+        removed: how many images were removed.
+        added: how many were encoded and added, each mirrored image counted too.
+        present: how many were in the set already, or were given twice.
+        skipped: path and reason of each image that could not be read.
+        other_radii: whether images that were in the set before have another radius than the given one.
+    """
+
+    set: str
+    size: int
+    version: int
+    removed: int = 0
+    added: int = 0
+    present: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    other_radii: bool = False
+
+
+class EmptySetError(ValueError):
+    """None of the images could be read; `result` says why."""
+
+    def __init__(self, result: ProtectResult) -> None:
+        super().__init__("none of the images could be read; the set is empty.")
+        self.result = result
+
+
+def protect(
+    paths: Paths,
+    out: str | os.PathLike[str],
+    *,
+    model: str = DEFAULT_MODEL,
+    radius: float | None = None,
+    mirror: bool = False,
+    add: bool = False,
+    remove: Sequence[str] = (),
+    compact: bool = False,
+    overwrite: bool = False,
+    strict: bool = False,
+    ray: str | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> ProtectResult:
+    """Encode images into a protected set on disk; remove images from one.
+
+    A call that was interrupted goes on where it stopped when it is repeated with the same paths, model, radius and
+    mirror.
+
+    Args:
+        paths: images to protect, as in `add_images`; an empty list: none.
+        out: the set's folder.
+        model: name or folder of the model whose autoencoder encodes; see `shielded.models.load`.
+        radius: shield radius of these images, L2 in the latent space; None leaves it open.
+        mirror: also protect each image mirrored left to right, as `mirrored:ID`.
+        add: add to a set that exists; its images stay.
+        remove: ids to remove first, each with its mirror image.
+        compact: delete the vectors of removed images from disk at the end.
+        overwrite: replace a set that exists.
+        strict: raise if an image cannot be read, instead of skipping it.
+        ray: address of a Ray cluster whose workers read and encode; see `shielded.protected.ray`.
+        device: where to encode; None: CUDA if available.
+        progress: show a progress bar.
+
+    Returns:
+        Counts of what was done, and the images that were skipped.
+
+    Raises:
+        FileExistsError: the folder holds a set (without `add` or `overwrite`) or other files.
+        FileNotFoundError: a path or the set does not exist.
+        KeyError: the set has no image of an id in `remove`.
+        EmptySetError: none of the images could be read. The empty set has been deleted.
+        ValueError: the set was made for another latent space, or `strict` and an image cannot be read.
+        RuntimeError: another process is writing to the set, or no cluster answers.
+        OSError: the disk is full or the folder read-only.
+    """
+    out = Path(out)
+    given = [os.fspath(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    done, removed, other_radii = AddedImages(), 0, False
+    if remove:
+        removed = _remove(ProtectedSet.open(out), remove)
+    if given:
+        other_radii = radius is not None and add and bool((ProtectedSet.open(out).radii != radius).any())
+        job = {"paths": given, "model": model, "radius": radius, "mirror": mirror}
+        done = _add(out, job, add or bool(remove), overwrite, strict, device, progress, ray)
+    protected = ProtectedSet.open(out)
+    if compact:
+        protected.compact()
+    counts = {"removed": removed, **vars(done), "other_radii": other_radii}
+    result = ProtectResult(str(out), len(protected), protected.version, **counts)
+    if given and not len(protected):
+        _delete(out)  # so that the next try finds no set
+        raise EmptySetError(result)
+    return result
+
+
+def _remove(protected: ProtectedSet, ids: Sequence[str]) -> int:
+    mirrored = [MIRRORED + name for name in ids]
+    protected.remove([*ids, *(name for name in mirrored if name in protected.ids and name not in ids)])
+    return len(ids)
+
+
+def _add(
+    out: Path,
+    job: dict[str, Any],
+    add: bool,
+    overwrite: bool,
+    strict: bool,
+    device: str | None,
+    progress: bool,
+    ray: str | None,
+) -> AddedImages:
+    """Encode the images of a job into the set; resume the same job if it was interrupted."""
+    if out.is_file() or (out.is_dir() and not all(map(store.is_own, out.iterdir()))):
+        raise FileExistsError(f"{out} holds something else; give a protected set a folder of its own.")
+    note = out / store.UNFINISHED
+    keep = add or not overwrite
+    protected = ProtectedSet.open(out) if keep and (out / store.MANIFEST).exists() else None
+    if protected and not add and not (note.exists() and json.loads(note.read_text()) == job):
+        raise FileExistsError(
+            f"{out} is a protected set already; use --add (add=True) to add to it, or --overwrite (overwrite=True) to "
+            "replace it."
+        )
+    require_images(job["paths"])  # a path that does not exist ends the job before the model is loaded
+    if ray is not None:
+        from shielded.protected.ray.connection import connect
+
+        connect(ray)
+
+    from shielded.models import load
+
+    space = LatentSpace.of(load(job["model"], device))
+    if protected is None:
+        protected = ProtectedSet.create(out, space, torch.float16, overwrite)
+        write_json(note, job)
+    options = {"radius": job["radius"], "strict": strict, "mirror": job["mirror"], "progress": progress}
+    if ray is None:
+        done = add_images(protected, job["paths"], space=space, **options)
+    else:
+        from shielded.protected.ray.ingest import add_images_on_cluster
+
+        done = add_images_on_cluster(protected, job["paths"], ray, job["model"], **options)
+    note.unlink(missing_ok=True)
+    return done
+
+
+def _delete(out: Path) -> None:
+    for file in filter(store.is_own, list(out.iterdir())):
+        file.unlink()
+    if not any(out.iterdir()):
+        out.rmdir()
