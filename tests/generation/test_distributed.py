@@ -295,7 +295,7 @@ def test_alone_there_is_nothing_to_join(monkeypatch):
     assert distributed.join() is None
     assert distributed.is_main()
     share = distributed.Share.of(3)
-    assert (share.rows, share.own) == ([0, 1, 2], 3)
+    assert (share.rows, share.kept) == ([0, 1, 2], 3)
 
 
 def test_shares_cover_a_batch_once(monkeypatch):
@@ -304,18 +304,18 @@ def test_shares_cover_a_batch_once(monkeypatch):
         for count in (1, 2, 5, 8, 9):
             rows = []
             for index in range(processes):
-                monkeypatch.setattr(distributed, "_index", lambda i=index: i)
+                monkeypatch.setattr(distributed, "_rank", lambda i=index: i)
                 share = distributed.Share.of(count)
                 assert len(share.rows) == -(-count // processes)
                 assert set(share.rows) <= set(range(count))
-                rows += share.rows[: share.own]
+                rows += share.rows[: share.kept]
             assert rows == list(range(count))
 
 
 def test_without_accelerate_it_says_what_to_install(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'shielded\[accelerate\]'"):
+    with pytest.raises(RuntimeError, match=r"extra `accelerate`: pip install -e"):
         distributed.join()
 
 

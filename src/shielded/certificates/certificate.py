@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,19 @@ class Measured:
         radius: of its shield.
         leak: (id, distance, radius) of the nearest protected image whose shield it is inside of, or None. With radii
             of their own that need not be the nearest of all.
+        row: row of the protected image that `evidence` names.
     """
 
     id: str
     distance: float
     radius: float
     leak: tuple[str, float, float] | None
+    row: int = -1
+
+    @property
+    def evidence(self) -> tuple[str, float, float]:
+        """(id, distance, radius) of the shield that it is inside of, or else of the nearest protected image."""
+        return self.leak or (self.id, self.distance, self.radius)
 
 
 def measure(latents: Tensor, protected: ProtectedSet, radius: float | Tensor | None = None) -> list[Measured]:
@@ -148,8 +156,9 @@ def measure(latents: Tensor, protected: ProtectedSet, radius: float | Tensor | N
         return str(protected.ids[row]), distance, float(radii[row])
 
     leak = {query: at(row, distance) for query, (distance, row) in nearest_hit.items()}
+    shield = {query: row for query, (_, row) in nearest_hit.items()}
     return [
-        Measured(*at(row, distance), leak=leak.get(i))
+        Measured(*at(row, distance), leak.get(i), shield.get(i, row))
         for i, (row, distance) in enumerate(zip(rows[:, 0].tolist(), distances[:, 0].tolist(), strict=True))
     ]
 
@@ -180,33 +189,61 @@ def certify(
     if len(latents) != len(files):
         raise ValueError(f"{len(files)} files but {len(latents)} latents; give one row of latents per file.")
     finished = measure(latents, protected, radius)
-    again = [None] * len(files) if decoded is None else measure(decoded, protected, radius)
-    history = history_sha256(protected)
-    certificates = []
-    for i, (file, here, there) in enumerate(zip(files, finished, again, strict=True)):
-        name, distance, own = here.leak or (here.id, here.distance, here.radius)
+    again = None if decoded is None else measure(decoded, protected, radius)
+    pictures = []
+    for file in files:
         with Image.open(file) as image:
-            pixels = pixels_sha256(image)
+            pictures.append(to_rgb(image))
+    details = [{"attempts": attempts, **more} for more in details or [{}] * len(files)]
+    certificates = certify_measured(pictures, [file.name for file in files], protected, finished, again, details)
+    return [replace(c, sha256=file_sha256(file)) for c, file in zip(certificates, files, strict=True)]
+
+
+def certify_measured(
+    pictures: Sequence[Image.Image],
+    names: Sequence[str],
+    protected: ProtectedSet,
+    finished: Sequence[Measured],
+    decoded: Sequence[Measured] | None = None,
+    details: Sequence[dict[str, Any]] | None = None,
+) -> list[Certificate]:
+    """Put measurements of finished images into certificates. There are no files yet, so no digests of files.
+
+    Args:
+        pictures: the images, in RGB.
+        names: of the files that they will be written to.
+        protected: what they were measured against.
+        finished: where the sampler's finished latents lie.
+        decoded: where the pictures, encoded again, lie; None: not measured.
+        details: further fields of each certificate.
+    """
+    history = history_sha256(protected)
+    again = [None] * len(pictures) if decoded is None else decoded
+    certificates = []
+    for picture, name, here, there, more in zip(
+        pictures, names, finished, again, details or [{}] * len(pictures), strict=True
+    ):
+        nearest, distance, radius = here.evidence
         certificate = Certificate(
-            image=file.name,
-            sha256=file_sha256(file),
-            nearest_id=name,
+            image=name,
+            sha256=None,
+            nearest_id=nearest,
             nearest_distance=distance,
-            radius=own,
+            radius=radius,
             inside=here.leak is not None or (there is not None and there.leak is not None),
-            attempts=attempts,
+            attempts=1,
             protected_set=protected.space.fingerprint,
             protected_version=protected.version,
             protected_history=history,
-            pixels_sha256=pixels,
+            pixels_sha256=pixels_sha256(picture),
             decoded_id=None if there is None else there.id,
             decoded_distance=None if there is None else there.distance,
         )
-        certificates.append(certificate if details is None else replace(certificate, **details[i]))
+        certificates.append(replace(certificate, **more))
     return certificates
 
 
-def leaks(certificates: list[Certificate]) -> int:
+def leaks(certificates: Sequence[Certificate]) -> int:
     """Count the images that lie inside a shield."""
     return sum(certificate.inside for certificate in certificates)
 

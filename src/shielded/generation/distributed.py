@@ -1,14 +1,13 @@
-"""Many GPUs: the processes of `accelerate launch` share each batch, and come to the images that one process makes.
+"""Many GPUs: the processes of `accelerate launch` share each batch and make the images that one process makes.
 
-    from shielded.generation import distributed
-    from shielded.generation.sampling import generate
+    from shielded.generation import distributed, generate
     device = distributed.join()                      # None without `accelerate launch`
     made = generate(pipe, prompts, seeds, spell, processes=device is not None)
 
-Every batch is split by rows. Each process has the same number of them: where a batch runs out, its last image is made
-once more and dropped, so no process ever waits for one that has already finished. References that images of a batch
-are to each other, and the history, are those of the whole batch: x0 is gathered at each step, every process computes
-the correction of all images, in the same way, and keeps that of its own.
+Every batch is split by rows. Each process has the same number of rows: where a batch runs out, its last image is
+sampled once more and dropped, so no process waits for one that has already finished. Batch references and the history
+are those of the whole batch: x0 is gathered at each step, every process computes the correction of all images in the
+same way and keeps its own rows.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -29,24 +28,26 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shielded.generation.repair import Finished
+from shielded._extras import missing
+from shielded.certificates.certificate import Measured
+from shielded.generation.generated import Generated
 from shielded.spell import Spell
 
-# How long a process waits for the others: one may have images to sample again when the others have none. One that has
-# ended is not waited for.
+# How long a process waits for the others, since one may have images to sample again when the others have none. A
+# process that has ended is noticed at once.
 _WAIT = timedelta(hours=2)
 
-_joined = 0  # calls of `join` that are not ended
+_joined = 0  # calls of `join` without their `leave`
 
 
 def join(device: str | None = None) -> torch.device | None:
-    """Joins the processes that `accelerate launch` or `torchrun` started.
+    """Join the processes that `accelerate launch` or `torchrun` started.
 
     Args:
-        device: "cpu" keeps all of them on processors; None: as accelerate was told.
+        device: "cpu" keeps all of them on processors; None: the device that accelerate assigns.
 
     Returns:
-        The device of this process, or None if it was started alone.
+        The device of this process, or None without a launcher.
 
     Raises:
         RuntimeError: there are several processes, but accelerate is not installed, or they were left already.
@@ -57,16 +58,17 @@ def join(device: str | None = None) -> torch.device | None:
     try:
         from accelerate import PartialState
     except ImportError:
-        raise RuntimeError("Several processes need accelerate: pip install 'shielded[accelerate]'.") from None
-    device = PartialState(cpu=True if device == "cpu" else None, timeout=_WAIT).device
+        raise RuntimeError(missing("Several processes", "accelerate")) from None
+    # accelerate's annotation leaves out None, its default
+    joined = PartialState(cpu=True if device == "cpu" else None, timeout=_WAIT).device  # pyright: ignore[reportArgumentType]
     if not dist.is_initialized():  # accelerate begins a group only once
         raise RuntimeError("this process has left the others already; join them once, around everything they do.")
     _joined += 1
-    return device
+    return joined
 
 
 def leave() -> None:
-    """Ends what `join` began. Who has joined twice, leaves with the second call."""
+    """End what `join` began. Calls nest; the last `leave` destroys the group."""
     global _joined
     _joined = max(0, _joined - 1)
     if dist.is_initialized() and not _joined:
@@ -74,7 +76,7 @@ def leave() -> None:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and talks to the user, joined or not."""
+    """Tell whether this process is the one that writes files and talks to the user, joined or not."""
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
 
 
@@ -84,8 +86,8 @@ class Share:
 
     Args:
         count: images of the whole batch.
-        first: the first that is this process's.
-        size: how many each process makes; past the end of the batch they repeat its last one.
+        first: batch row of this process's first image.
+        size: images per process; past the end of the batch they repeat its last one.
     """
 
     count: int
@@ -94,22 +96,22 @@ class Share:
 
     @classmethod
     def of(cls, count: int) -> Share:
-        """This process's share of a batch of `count` images; everything, if it is alone."""
+        """Compute this process's share of a batch of `count` images; a single process has all of them."""
         size = -(-count // _processes())
-        return cls(count, _index() * size, size)
+        return cls(count, _rank() * size, size)
 
     @property
     def rows(self) -> list[int]:
-        """Which images of the batch this process makes."""
+        """Batch rows that this process samples."""
         return [min(self.first + i, self.count - 1) for i in range(self.size)]
 
     @property
-    def own(self) -> int:
-        """How many of them are kept: the first ones."""
+    def kept(self) -> int:
+        """Number of these rows that are kept: the first ones."""
         return max(0, min(self.size, self.count - self.first))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """(size, ...) of each process -> (count, ...) of the batch, in its order. All processes call it."""
+        """Gather (size, ...) of each process into (count, ...) of the batch, in its order. All processes call it."""
         if _processes() == 1:
             return tensor
         device = _device()
@@ -117,7 +119,7 @@ class Share:
         parts = [torch.empty_like(mine) for _ in range(_processes())]
         try:
             dist.all_gather(parts, mine)
-        except RuntimeError as error:  # of gloo; with NCCL, the launcher ends all of them
+        except RuntimeError as error:  # from gloo; with NCCL, the launcher ends all processes
             raise RuntimeError(
                 "another process has ended, and this one cannot go on without it; its own message says why. "
                 f"({str(error).strip().splitlines()[0]})"
@@ -125,17 +127,17 @@ class Share:
         return torch.cat(parts)[: self.count].to(tensor.device)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """(count, ...) of the batch -> the rows of this process."""
+        """Select the rows of this process from (count, ...) of the batch."""
         return tensor[self.rows]
 
 
 class Gathered:
-    """A Spell whose batch is spread over processes: stands in its place wherever a sampler calls it.
+    """A Spell whose batch is spread over processes; samplers call it instead of the Spell.
 
-    The sampler must take the same number of steps in every process, so none with an adaptive step size.
+    The sampler must take the same number of steps in every process, which excludes adaptive step sizes.
 
     Args:
-        spell: the same in every process. Its `trace` and `history` are of the whole batch in each of them.
+        spell: the same in every process. Its `trace` and `history` cover the whole batch in each of them.
         share: this process's part of the batch that is about to be sampled.
     """
 
@@ -152,17 +154,17 @@ class Gathered:
         sigma: float | None = None,
         last: bool = False,
     ) -> Tensor:
-        """The correction λΔ for the rows of this process; see `Spell`."""
+        """Compute the correction λΔ for the rows of this process; see `Spell`."""
         everyone = self.share.gather(x0)
         noise = None if noise is None else self.share.gather(noise)
         return self.share.take(self.spell(everyone, noise=noise, alpha=alpha, sigma=sigma, last=last))
 
     def start(self) -> None:
-        """A new trajectory begins."""
+        """Begin a new trajectory."""
         self.spell.start()
 
     def finish(self, latents: Tensor) -> Tensor:
-        """A trajectory ended with these latents (size, *S) in this process; see `Spell`."""
+        """End a trajectory with the latents (size, *S) of this process; see `Spell`."""
         everyone = self.share.gather(latents)
         moved = self.spell.finish(everyone)
         self.finished = latents if moved is everyone else self.share.take(moved)
@@ -170,63 +172,86 @@ class Gathered:
 
     @contextmanager
     def attach(self, pipe: Any) -> Iterator[Gathered]:
-        """Like `Spell.attach`."""
+        """Correct every step of a pipeline, like `Spell.attach`."""
         with self.spell.attach(pipe, through=self):
             yield self
 
 
 def batch_of_all(batch_size: int, spell: Spell | None) -> int:
-    """Images of one batch over all processes: where images do not see each other, `batch_size` in each."""
-    return batch_size if _together(spell) else batch_size * _processes()
+    """Count the images of a batch over all processes; without coupled rows, `batch_size` is per process."""
+    return batch_size if _coupled(spell) else batch_size * _processes()
 
 
 def for_share(spell: Spell | None, share: Share) -> Spell | Gathered | None:
-    """What corrects this process's part: where images do not see each other, the Spell as it is."""
-    return Gathered(spell, share) if _together(spell) and _processes() > 1 else spell
+    """Choose the correction of this process's part: without batch repellency or history, the Spell itself."""
+    return Gathered(spell, share) if spell is not None and _coupled(spell) and _processes() > 1 else spell
 
 
 def gather_finished(
-    made: Finished, spell: Spell | Gathered | None, share: Share, events: list[tuple[str, dict[str, Any]]]
-) -> tuple[Finished, list[tuple[str, dict[str, Any]]]]:
-    """The whole batch, in every process, from what each has made of it; the trace of the Spell becomes that of all.
+    made: Generated, spell: Spell | Gathered | None, share: Share, events: list[tuple[str, dict[str, Any]]]
+) -> tuple[Generated, list[tuple[str, dict[str, Any]]]]:
+    """Assemble the whole batch in every process; the trace of an uncoupled Spell becomes that of the whole batch.
 
     Args:
         made: the images of this process, without repeated ones.
-        spell: what corrected them, from `for_share`.
+        spell: their correction, from `for_share`.
         share: this process's part.
-        events: what this process has to log, in JSON types.
+        events: log entries of this process, in JSON types.
 
     Returns:
-        The images of all, and what all have to log.
+        The images and the log entries of all processes.
     """
-    alone = isinstance(spell, Spell)
-    trace = [row for row in spell.trace if row["image"] < share.own] if alone else []
-    told = {"attempts": made.attempts, "repair": made.repair, "refused": made.refused, "events": events, "trace": trace}
-    tensors = {"told": _bytes(json.dumps(told).encode()), "latents": made.latents}
+    uncoupled = spell if isinstance(spell, Spell) else None
+    trace = [row for row in uncoupled.trace if row["image"] < share.kept] if uncoupled is not None else []
+    message = {
+        "attempts": made.attempts,
+        "repair": made.repair,
+        "refused": made.refused,
+        "measured": [[asdict(latents), asdict(picture)] for latents, picture in made.measured],
+        "events": events,
+        "trace": trace,
+    }
+    tensors = {"message": _bytes(json.dumps(message).encode()), "latents": made.latents}
     tensors |= {} if made.decoded is None else {"decoded": made.decoded}
     tensors |= {f"image {i}": _bytes(_png(image)) for i, image in enumerate(made.images)}
-    parts = [load(part) for part in gather_bytes(save(tensors))]
-    notes = [json.loads(part["told"].numpy().tobytes()) for part in parts]
-    images = [
-        Image.open(io.BytesIO(part[f"image {i}"].numpy().tobytes())).copy()
-        for part in parts
-        for i in range(len(part["latents"]))
-    ]
-    decoded = None if made.decoded is None else torch.cat([part["decoded"] for part in parts])
-    whole = Finished(images, torch.cat([part["latents"] for part in parts]), decoded)
-    for name in ("attempts", "repair", "refused"):
-        setattr(whole, name, [value for note in notes for value in note[name]])
-    if alone:
+    parts = [_unpacked(part) for part in gather_bytes(save(tensors))]
+    if uncoupled is not None:
         rows = [
-            {**row, "image": row["image"] + i * share.size} for i, note in enumerate(notes) for row in note["trace"]
+            {**row, "image": row["image"] + i * share.size}
+            for i, (_, content) in enumerate(parts)
+            for row in content["trace"]
         ]
-        spell.trace = sorted(rows, key=lambda row: (row["run"], row["step"], row["image"]))
-    return whole, [(event, content) for note in notes for event, content in note["events"]]
+        uncoupled.trace = sorted(rows, key=lambda row: (row["run"], row["step"], row["image"]))
+    logged = [(event, content) for _, message in parts for event, content in message["events"]]
+    return Generated.joined([part for part, _ in parts]), logged
+
+
+def _unpacked(data: bytes) -> tuple[Generated, dict[str, Any]]:
+    """Read the images of one process, and its message."""
+    tensors = load(data)
+    message = json.loads(tensors["message"].numpy().tobytes())
+    pngs = [tensors[f"image {i}"].numpy().tobytes() for i in range(len(tensors["latents"]))]
+    made = Generated(
+        [Image.open(io.BytesIO(png)).copy() for png in pngs],
+        tensors["latents"],
+        0.0,
+        tensors.get("decoded"),
+        message["attempts"],
+        message["repair"],
+        message["refused"],
+        [(_measured(latents), _measured(picture)) for latents, picture in message["measured"]],
+    )
+    return made, message
+
+
+def _measured(content: dict[str, Any]) -> Measured:
+    leak = content["leak"]
+    return Measured(**{**content, "leak": None if leak is None else tuple(leak)})
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-    """What each process has, of any length, in their order. All processes call it."""
-    everyone = Share(_processes(), _index(), 1)
+    """Gather bytes of any length from each process, in their order. All processes call it."""
+    everyone = Share(_processes(), _rank(), 1)
     sizes = everyone.gather(torch.tensor([len(data)])).tolist()
     padded = torch.zeros(1, max(sizes), dtype=torch.uint8)
     padded[0, : len(data)] = _bytes(data)
@@ -243,8 +268,8 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _together(spell: Spell | None) -> bool:
-    """Whether an image depends on others of its batch or of earlier ones."""
+def _coupled(spell: Spell | None) -> bool:
+    """Tell whether an image depends on others of its batch or of earlier ones."""
     return spell is not None and (spell.batch or spell.history is not None)
 
 
@@ -252,10 +277,10 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _index() -> int:
+def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _device() -> torch.device:
-    """Where tensors must be for the processes to exchange them."""
+    """Device on which the processes exchange tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

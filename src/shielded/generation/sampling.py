@@ -1,4 +1,4 @@
-"""Run a pipeline for prompts and seeds, with or without SPELL, and keep what the sampler finished with."""
+"""Run a pipeline for prompts and seeds, with or without SPELL, and keep the finished latents with the images."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -15,58 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shielded.generation.distributed import Gathered, Share, batch_of_all, for_share, gather_finished
-from shielded.generation.repair import RESTART_LEVEL, Finished, OnLeak, check_on_leak, repair
+from shielded.generation.generated import Generated
+from shielded.generation.repair import RESTART_LEVEL, OnLeak, ThroughPictures, check_on_leak, repair
 from shielded.latent_space import LatentSpace
 from shielded.samplers import attach
 from shielded.samplers.diffusers import Correction
 from shielded.spell import Spell
 
 
-@dataclass
-class Generated:
-    """Images, one per prompt and seed, and what is known of them.
-
-    Args:
-        images: decoded.
-        latents: (B, *S) float32, what they were decoded from.
-        seconds: for all of them, with measuring and repairs.
-        decoded: (B, *S) the images encoded again, where that was measured.
-        attempts: how often each was sampled.
-        repair: "restart" or "push" where that brought the image out of a shield.
-        refused: why an image is refused, or None. A refused image lies inside a shield: it is here to be looked at, not
-            to be handed out.
-    """
-
-    images: list[Image.Image]
-    latents: Tensor
-    seconds: float
-    decoded: Tensor | None = None
-    attempts: list[int] = field(default_factory=list)
-    repair: list[str | None] = field(default_factory=list)
-    refused: list[str | None] = field(default_factory=list)
-
-    @classmethod
-    def joined(cls, parts: list[Generated]) -> Generated:
-        """Several batches, at least one, as one."""
-        return cls(
-            [image for part in parts for image in part.images],
-            torch.cat([part.latents for part in parts]),
-            sum(part.seconds for part in parts),
-            None if parts[0].decoded is None else torch.cat([part.decoded for part in parts]),
-            [n for part in parts for n in part.attempts],
-            [how for part in parts for how in part.repair],
-            [reason for part in parts for reason in part.refused],
-        )
-
-    def first(self, n: int) -> Generated:
-        """The first n images, with their share of the time."""
-        decoded = None if self.decoded is None else self.decoded[:n]
-        lists = (values[:n] for values in (self.attempts, self.repair, self.refused))
-        return Generated(self.images[:n], self.latents[:n], self.seconds * n / len(self.images), decoded, *lists)
-
-
 class Watch:
-    """Corrects nothing and keeps the final latents: the plain pipeline, watched."""
+    """Correct nothing and keep the finished latents of the plain pipeline."""
 
     finished: Tensor | None = None
 
@@ -78,6 +35,12 @@ class Watch:
 
     def finish(self, latents: Tensor) -> None:
         self.finished = latents
+
+
+class _Keeping(Correction, Protocol):
+    """A correction that keeps the finished latents."""
+
+    finished: Tensor | None
 
 
 def generate(
@@ -96,32 +59,35 @@ def generate(
     processes: bool = False,
     **options: Any,
 ) -> Generated:
-    """One image per prompt and seed.
+    """Generate one image per prompt and seed.
 
-    Image i depends on prompts[i] and seeds[i] alone, and, with batch repellency, on the others of its batch. Restarts
-    go on with the image's own generator, so the same seeds give the same images after the same attempts.
+    Image i depends on prompts[i] and seeds[i] alone and, with batch repellency, on the others of its batch. Restarts
+    continue with the image's own generator, so the same seeds give the same images after the same attempts.
 
     Args:
         pipe: a diffusers pipeline with a supported scheduler.
         prompts: one per image.
         seeds: one per image; each image has a generator of its own.
-        spell: None generates plainly.
-        steps: of the sampler.
-        batch_size: images made at once; batch references are those of the same batch, whatever number of processes
-            shares it. Images that do not see each other are so many in each process.
-        label: in front of the progress bar.
+        spell: the correction; None generates plainly.
+        steps: steps of the sampler.
+        batch_size: images per batch. Batch references are the other images of that batch, whatever number of processes
+            shares it. Without batch repellency or history, `batch_size` is per process.
+        label: text in front of the progress bar.
         progress: whether a progress bar is shown.
-        on_leak: what is done where the finished latents, or the decoded image encoded again, lie inside a shield of the
-            protected set. "report": nothing, and nothing is measured. "restart": sampled again from a middle noise
-            level with a wider radius, then pushed, then refused; "push": pushed, then refused; "refuse": refused. The
-            whole schedule counts here, whatever window the Spell has. History remembers images as they are after
-            that, and no refused ones.
-        attempts: how often an image is sampled at most, with on_leak="restart".
+        on_leak: what to do where the finished latents, or the decoded image encoded again, lie inside a shield of the
+            protected set. "report": nothing, and nothing is measured. "restart": sample again from a middle noise
+            level with a wider radius, then push, then refuse; "push": push, then refuse; "refuse": refuse. The whole
+            schedule counts, whatever window the Spell has. History remembers images as they are after that, and no
+            refused ones.
+        attempts: limit on how often an image is sampled, with on_leak="restart".
         log: called with an event and its content for each image and attempt, for example `AuditLog(...).append`.
-        finished: called with each batch when it is finished, so that a run that is stopped has lost nothing else.
-        processes: split each batch over the processes that `distributed.join` has joined. All of them call this with
-            the same arguments, but for the device of the pipeline and the log, and all get all images.
+        finished: called with each batch when it is finished, so that a stopped run loses one batch at most.
+        processes: split each batch over the processes that `distributed.join` has joined. Each process calls this with
+            the same arguments, except for the device of the pipeline and the log, and each gets all images.
         **options: passed on to the pipeline, for example guidance_scale.
+
+    Returns:
+        The images in the order of the prompts, with their latents and, where `on_leak` measured them, measurements.
 
     Raises:
         ValueError: not one seed per prompt, on_leak without a ProtectedSet, or with a radius that cannot be kept.
@@ -139,37 +105,39 @@ def generate(
             start = time.perf_counter()
             count = min(batch_size, len(prompts) - first)
             share = Share.of(count) if processes else Share(count, 0, count)
-            texts, own = ([given[first + i] for i in share.rows] for given in (prompts, seeds))
+            texts = [prompts[first + i] for i in share.rows]
+            numbers = [seeds[first + i] for i in share.rows]
             bar = {"disable": not progress, "desc": f"{label} {first + 1}-{first + count} of {len(prompts)}"}
             bar |= {"position": 1, "leave": False} if several else {}
             pipe.set_progress_bar_config(**bar)
-            generators = [torch.Generator().manual_seed(seed) for seed in own]
+            generators = [torch.Generator().manual_seed(seed) for seed in numbers]
             call = {"prompt": texts, "generator": generators, "num_inference_steps": steps, **options}
             correct = for_share(spell, share) if processes else spell
             images, latents = _sample(pipe, correct, call)
-            made = Finished(images[: share.own], latents[: share.own])
+            made = Generated(images[: share.kept], latents[: share.kept])
             events: list[tuple[str, dict[str, Any]]] = []
-            if space is not None:
+            if space is not None and spell is not None:
                 again = functools.partial(_restart, pipe, call, bar)
-                note = functools.partial(_note, functools.partial(_keep, events) if processes else log, texts, own)
+                note = functools.partial(_note, functools.partial(_keep, events) if processes else log, texts, numbers)
                 made = repair(spell, space, made.images, made.latents, again, on_leak, attempts, note)
             if processes:
                 made, events = gather_finished(made, correct, share, events)
-                for event, content in events if log is not None else ():
-                    log(event, **content)
-            if space is not None and spell.history is not None:
-                kept = [i for i, reason in enumerate(made.refused) if reason is None]
-                spell.history.amend(count, made.latents[kept])
-            parts.append(Generated(seconds=time.perf_counter() - start, **vars(made)))
+                for event, content in events:
+                    if log is not None:
+                        log(event, **content)
+            if space is not None and spell is not None and spell.history is not None:
+                spell.history.amend(count, made.latents[made.kept])
+            made.seconds = time.perf_counter() - start
+            parts.append(made)
             whole.update(count)
             if finished is not None:
-                finished(parts[-1])
+                finished(made)
     pipe.set_progress_bar_config(disable=True)
     return Generated.joined(parts)
 
 
-def _sample(pipe: Any, spell: Correction | None, call: dict[str, Any]) -> tuple[list[Image.Image], Tensor]:
-    """Images of one call of the pipeline, and the latents (B, *S) that it decoded, in float32 on the CPU."""
+def _sample(pipe: Any, spell: _Keeping | None, call: dict[str, Any]) -> tuple[list[Image.Image], Tensor]:
+    """Call the pipeline once; return its images and the latents (B, *S) that it decoded, in float32 on the CPU."""
     watch = Watch() if spell is None else spell
     kept: dict[str, Tensor] = {}
 
@@ -182,15 +150,21 @@ def _sample(pipe: Any, spell: Correction | None, call: dict[str, Any]) -> tuple[
         call = {"callback_on_step_end": keep, **call}
     with spell.attach(pipe) if isinstance(spell, Spell | Gathered) else attach(pipe, watch):
         images = pipe(**call).images
-    return images, kept.get("latents", watch.finished).float().cpu()
+    latents = kept["latents"] if "latents" in kept else cast(Tensor, watch.finished)
+    return images, latents.float().cpu()
 
 
 def _restart(
-    pipe: Any, call: dict[str, Any], bar: dict[str, Any], spell: Correction, rows: list[int], images: list[Image.Image]
+    pipe: Any,
+    call: dict[str, Any],
+    bar: dict[str, Any],
+    spell: ThroughPictures,
+    rows: list[int],
+    images: list[Image.Image],
 ) -> tuple[list[Image.Image], Tensor]:
     """Sample these rows of a call again from a middle noise level of their images.
 
-    With a pipeline that takes pictures itself, or has no image-to-image relative, from the start.
+    A pipeline that takes pictures itself, or has no image-to-image relative, starts from pure noise.
     """
     import diffusers
 
@@ -202,7 +176,7 @@ def _restart(
     again = relative(**{name: parts[name] for name in inspect.signature(relative).parameters if name in parts})
     again.set_progress_bar_config(**{**bar, "desc": f"{len(rows)} inside a shield, sampled again"})
     known = inspect.signature(again.__call__).parameters.keys() - {"latents", "timesteps", "sigmas"}
-    # A sampler of few steps takes at least one of them again.
+    # With few steps, repeat at least one of them.
     strength = max(RESTART_LEVEL, 1 / call["num_inference_steps"])
     call = {name: value for name, value in call.items() if name in known}
     return _sample(again, spell, {**call, "image": images, "strength": strength})
