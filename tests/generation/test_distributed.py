@@ -27,6 +27,9 @@ PROMPTS = ["pizza", "red heart", "red heart", "pizza", "cat face"]
 TOLERANCE = 1e-3  # latents have norm 33; convolutions round differently in batches of another size
 COUNTS = (1, 8, 11)
 STEPS = 2
+# The scripts that this file starts import the helpers, too.
+TESTS = str(Path(__file__).parents[1])
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))}
 COMMAND = ["generate", "red heart", "-n", "3", "--steps", str(STEPS), "--json"]
 
 # ---- what both do ----
@@ -164,7 +167,7 @@ def run_in(processes, *arguments):
     for rank in range(processes):
         environment = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         command = [sys.executable, *map(str, arguments)]
-        started.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen(command, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, text=True))
     try:
         printed = [process.communicate(timeout=500)[0] for process in started]
     finally:
@@ -210,7 +213,12 @@ def two(folder):
 def test_a_sampler_makes_the_same_bits(tmp_path):
     """No matter how many processes share a batch: corrections, trace and history are those of the whole batch."""
     numbers = (2, 3, 8)
-    subprocess.run([sys.executable, __file__, tmp_path, "one_of_many", *map(str, numbers)], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, __file__, tmp_path, "one_of_many", *map(str, numbers)],
+        check=True,
+        timeout=300,
+        env=ENVIRONMENT,
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected, told = all_sampled()
@@ -226,7 +234,7 @@ def test_a_sampler_makes_the_same_bits(tmp_path):
 
 def test_nobody_waits_for_a_process_that_was_killed(tmp_path):
     command = [sys.executable, __file__, tmp_path, "one_of_many_that_dies", "3"]
-    assert subprocess.run(command, timeout=300).returncode == 1
+    assert subprocess.run(command, timeout=300, env=ENVIRONMENT).returncode == 1
     for rank in (0, 1):
         assert (tmp_path / f"{rank} alone").read_text().startswith("another process has ended")
 

@@ -64,7 +64,7 @@ def demo(
 
 
 def _demo_summary(report: dict[str, Any], out: Path) -> str:
-    from shielded.runs.report.grid import number
+    from shielded.runs.report.rows import number
 
     without, with_ = ({k: report[f"{k}_{w}"] for k in ("leaks", "min_distance", "vendi")} for w in ("without", "with"))
     again = "\n".join(["", *repairs(report)])

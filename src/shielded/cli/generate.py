@@ -111,7 +111,7 @@ def generate(
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:
-    from shielded.runs.report.grid import number
+    from shielded.runs.report.rows import number
 
     made = report["n"] - len(report["refused"])
     lines = [f"{made} image{'' if made == 1 else 's'} in {out / 'with'}; the same seeds without SPELL beside it."]

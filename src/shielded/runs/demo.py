@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from shielded.evaluation.encoder import encoder_of
-from shielded.evaluation.metrics import vendi
-from shielded.files import write_json
-from shielded.generation import generate
+from shielded.generation import Generated
 from shielded.generation.repair import OnLeak
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, load, preset_of
 from shielded.protected import ProtectedSet
-from shielded.runs.paired import closest_pair, compare, open_log, save_image, settings_of, write_images
-from shielded.runs.report import Diversity, write_report
-from shielded.runs.report.grid import diversity_grid, protection_grid
+from shielded.runs.folder import RunFolder
+from shielded.runs.paired import make_pair, spell_arguments
+from shielded.runs.report import Diversity
+from shielded.runs.results import PairReport
 from shielded.spell import Spell
 
 PROMPTS = ("red heart", "pizza", "owl", "sunflower")
@@ -55,59 +53,78 @@ def demo(
         overcompensation: λ.
         device: None: CUDA if there is one.
         progress: whether progress bars are shown.
-        on_leak: what is done with an image that lies inside a shield all the same; see `generate`.
-        attempts: how often such an image is sampled at most.
+        on_leak: what to do with an image that still lies inside a shield; see `generate`.
+        attempts: limit on how often such an image is sampled.
     """
     out.mkdir(parents=True, exist_ok=True)
     pipe = load(DEFAULT_MODEL, device)
-    options = {"steps": steps, **preset_of(DEFAULT_MODEL).guidance_call(), "progress": progress}
-
+    space = LatentSpace.of(pipe)
+    options: dict[str, Any] = {"steps": steps, **preset_of(DEFAULT_MODEL).guidance_call()}
     every_prompt = [prompt for prompt in prompts for _ in SEEDS]
     every_seed = [seed + s for _ in prompts for s in SEEDS]
-    plain = generate(pipe, every_prompt, every_seed, label="without SPELL", **options)
-    space = LatentSpace.of(pipe)
-    protected = ProtectedSet.create(out / "protected", space, overwrite=True)
-    names = [f"{p}, seed {s}" for p, s in zip(every_prompt, every_seed, strict=True)]
-    protected.add(space.encode(plain.images), names, radius)
-    protection = Spell(protected, radius, overcompensation, batch=False)
-    made_with = settings_of(protection, pipe, DEFAULT_MODEL, on_leak, attempts, options)
-    log = open_log(out / "with", made_with, protected)
-    repairs = {"on_leak": on_leak, "attempts": attempts, "log": log.append}
-    shielded = generate(pipe, every_prompt, every_seed, protection, label="with SPELL", **repairs, **options)
 
-    seeds = [seed + s for s in DIVERSITY_SEEDS]
-    same = [DIVERSITY_PROMPT] * len(seeds)
-    alike = generate(pipe, same, seeds, label="one prompt, without SPELL", **options)
-    spread = Spell(radius=diversity_radius, overcompensation=overcompensation)
-    differing = generate(pipe, same, seeds, spread, label="one prompt, with SPELL", **options)
-    encoder = encoder_of(DEFAULT_MODEL)
-    assert encoder is not None
-    write_images(out / "without", plain, every_prompt, every_seed)
-    write_images(out / "with", shielded, every_prompt, every_seed)
-    diversity = Diversity(
+    def protect(plain: Generated) -> Spell:
+        protected = ProtectedSet.create(out / "protected", space, overwrite=True)
+        names = [f"{p}, seed {s}" for p, s in zip(every_prompt, every_seed, strict=True)]
+        plain.decoded = space.encode(plain.images)
+        protected.add(plain.decoded, names, radius)
+        return Spell(protected, radius, overcompensation, batch=False)
+
+    folder = RunFolder(out)
+    protection = make_pair(
+        pipe,
+        every_prompt,
+        every_seed,
+        protect,
+        model=DEFAULT_MODEL,
+        options=options,
+        on_leak=on_leak,
+        attempts=attempts,
+        folder=folder,
+        progress=progress,
+    )
+    protection = cast(PairReport, protection)  # one process
+    call = spell_arguments(protection.spell, "protected")
+    if protection.stopped is not None:
+        return folder.finish(protection, call)
+    spread = make_pair(
+        pipe,
+        [DIVERSITY_PROMPT] * len(DIVERSITY_SEEDS),
+        [seed + s for s in DIVERSITY_SEEDS],
+        Spell(radius=diversity_radius, overcompensation=overcompensation),
+        model=DEFAULT_MODEL,
+        options=options,
+        labels=("one prompt, without SPELL", "one prompt, with SPELL"),
+        progress=progress,
+        score=True,
+    )
+    spread = cast(PairReport, spread)
+    return folder.finish(protection, call, extra=_extra(spread), diversity=_diversity(spread))
+
+
+def _diversity(spread: PairReport) -> Diversity:
+    return Diversity(
         prompt=DIVERSITY_PROMPT,
-        seeds=seeds,
-        without=alike.images,
-        with_=differing.images,
-        vendi_without=vendi(encoder.image_features(alike.images)),
-        vendi_with=vendi(encoder.image_features(differing.images)),
-        radius=diversity_radius,
+        seeds=[row.seed for row in spread.rows],
+        without=[row.without for row in spread.rows],
+        with_=[row.with_ for row in spread.rows if row.with_ is not None],
+        vendi_without=cast(float, spread.without.vendi),  # the embedded model comes with an encoder
+        vendi_with=cast(float, spread.with_.vendi),
+        radius=cast(float, spread.radius),
     )
 
-    report, rows = compare(out, every_prompt, every_seed, plain, shielded, space, protected, radius, made_with, log)
-    report["vendi_without"], report["vendi_with"] = diversity.vendi_without, diversity.vendi_with
-    report["diversity"] = {
-        "prompt": DIVERSITY_PROMPT,
-        "radius": diversity_radius,
-        "min_pair_distance_without": closest_pair(alike),
-        "min_pair_distance_with": closest_pair(differing),
-        "seconds_without": alike.seconds,
-        "seconds_with": differing.seconds,
+
+def _extra(spread: PairReport) -> dict[str, Any]:
+    """Content of `report.json` about part two."""
+    return {
+        "vendi_without": spread.without.vendi,
+        "vendi_with": spread.with_.vendi,
+        "diversity": {
+            "prompt": DIVERSITY_PROMPT,
+            "radius": spread.radius,
+            "min_pair_distance_without": spread.without.min_pair_distance,
+            "min_pair_distance_with": spread.with_.min_pair_distance,
+            "seconds_without": spread.without.seconds,
+            "seconds_with": spread.with_.seconds,
+        },
     }
-    settings = {"protected": "protected", "radius": radius, "overcompensation": overcompensation, "batch": False}
-    protection.write_trace(out / "trace.csv")
-    save_image(protection_grid(rows, radius), out / "grid.png")
-    save_image(diversity_grid(diversity), out / "diversity.png")
-    write_report(out / "report.html", report, rows, diversity, protection.trace, settings, made_with)
-    write_json(out / "report.json", report)
-    return report

@@ -75,7 +75,8 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
 
     def run(session: Session | None, *values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         session = own(session)
-        settings = Settings(values[0], *map(int, values[1:4]), *values[4:])
+        text, n, seed, steps, *rest = values
+        settings = Settings(text, int(n), int(seed), int(steps), *rest)
         progress(0, desc="waiting for the model")
         with running:
             try:

@@ -1,5 +1,7 @@
 """Labelled picture grids: the same seeds without and with SPELL."""
 
+from __future__ import annotations
+
 import math
 import unicodedata
 from bisect import bisect
@@ -9,7 +11,7 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from shielded.certificates.certificate import Certificate
+from shielded.runs.report.rows import Diversity, Picture, Row, by_prompt, number
 
 PAPER, INK, MUTED, HAIRLINE, WARNING = "#ffffff", "#1d2126", "#5b636d", "#d9dce0", "#a8430f"
 MARGIN, GAP, LABEL = 28, 14, 132  # pixels: outer margin, space between pictures, width of the label column
@@ -17,99 +19,8 @@ HEADING, TEXT, LINE = 18, 13, 18  # pixels: two font sizes, and the line height 
 COLUMNS = 8
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture as grid and page show it.
-
-    Args:
-        label: how it was made.
-        image: None if it was refused.
-        caption: what its certificate says of it, in a few words.
-        inside: whether its certificate says that it lies inside a shield.
-    """
-
-    label: str
-    image: Image.Image | None
-    caption: str = ""
-    inside: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """One seed, without and with SPELL.
-
-    Args:
-        prompt: text the images were made from.
-        seed: seed of both images.
-        without: image of the model alone.
-        with_: image of the same seed with SPELL; None if it was refused.
-        certificate_without: measurement of `without` against the protected set; None without a set.
-        certificate_with: measurement of `with_`; None without a set, or if the image was refused.
-        protected: the nearest protected image; None when it is not to be shown.
-    """
-
-    prompt: str
-    seed: int
-    without: Image.Image
-    with_: Image.Image | None
-    certificate_without: Certificate | None = None
-    certificate_with: Certificate | None = None
-    protected: Image.Image | None = None
-
-    @property
-    def distance_without(self) -> float | None:
-        """Latent L2 distance from `without` to its nearest protected image; None: not measured."""
-        return None if self.certificate_without is None else self.certificate_without.nearest_distance
-
-    @property
-    def distance_with(self) -> float | None:
-        """Latent L2 distance from `with_` to its nearest protected image; None: not measured."""
-        return None if self.certificate_with is None else self.certificate_with.nearest_distance
-
-    @property
-    def pictures(self) -> list[Picture]:
-        """The pictures of this seed from top to bottom."""
-        refused = "refused" if self.with_ is None else ""
-        pictures = [
-            Picture("without SPELL", self.without, caption(self.certificate_without), leaks(self.certificate_without)),
-            Picture("with SPELL", self.with_, refused or caption(self.certificate_with), leaks(self.certificate_with)),
-        ]
-        return pictures if self.protected is None else [*pictures, Picture("nearest protected", self.protected)]
-
-
-@dataclass(frozen=True)
-class Diversity:
-    """One prompt and one batch of seeds, without and with SPELL between the images of the batch.
-
-    Args:
-        prompt: text the images were made from.
-        seeds: seed of each image.
-        without: images of the model alone, in the order of `seeds`.
-        with_: images of the same seeds with SPELL.
-        vendi_without: Vendi score of `without`: the effective number of different images.
-        vendi_with: Vendi score of `with_`.
-        radius: L2 distance in the latent space that SPELL kept between the images.
-
-    Raises:
-        ValueError: the lists are empty or differ in length.
-    """
-
-    prompt: str
-    seeds: Sequence[int]
-    without: Sequence[Image.Image]
-    with_: Sequence[Image.Image]
-    vendi_without: float
-    vendi_with: float
-    radius: float
-
-    def __post_init__(self):
-        sizes = len(self.seeds), len(self.without), len(self.with_)
-        if len(set(sizes)) > 1 or not sizes[0]:
-            raise ValueError(f"seeds, without and with_ need the same number of entries, at least one; got {sizes}")
-
-
 def protection_grid(rows: Sequence[Row], radius: float | None = None) -> Image.Image:
-    """Draws a block per prompt: the model alone above, SPELL below, and the nearest protected images if given.
+    """Draw a block per prompt: the model alone above, SPELL below, and the nearest protected images if given.
 
     Args:
         rows: at least one.
@@ -136,7 +47,7 @@ def protection_grid(rows: Sequence[Row], radius: float | None = None) -> Image.I
 
 
 def diversity_grid(diversity: Diversity) -> Image.Image:
-    """Draws the batch of the model alone above the batch with SPELL, with their Vendi scores; RGB on white."""
+    """Draw the batch of the model alone above the batch with SPELL, with their Vendi scores; RGB on white."""
     d = diversity
     lines = [
         _Line(f"without SPELL Vendi {number(d.vendi_without)}", [Picture("", image) for image in d.without]),
@@ -148,7 +59,7 @@ def diversity_grid(diversity: Diversity) -> Image.Image:
 
 
 def stack(images: Sequence[Image.Image]) -> Image.Image:
-    """Puts images under each other, left-aligned on white.
+    """Put images under each other, left-aligned on white.
 
     Raises:
         ValueError: there are no images.
@@ -161,36 +72,6 @@ def stack(images: Sequence[Image.Image]) -> Image.Image:
         sheet.paste(image, (0, top))
         top += image.height
     return sheet
-
-
-def by_prompt(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Groups rows by prompt, in the order in which the prompts first appear."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.prompt, []).append(row)
-    return groups
-
-
-def number(value: float | None) -> str:
-    """Writes a number for a reader: two decimals, or three digits below 1."""
-    if value is None:
-        return "not measured"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
-
-
-def caption(certificate: Certificate | None) -> str:
-    """Write the distance and the verdict of a certificate: "9.53 · inside"; "" without a certificate."""
-    if certificate is None:
-        return ""
-    verdict = "outside"
-    if certificate.inside:  # the nearest shield of a latent leak is the one that it lies in
-        verdict = "inside" if certificate.nearest_distance < certificate.radius else "inside once decoded"
-    return f"{number(certificate.nearest_distance)} · {verdict}"
-
-
-def leaks(certificate: Certificate | None) -> bool:
-    """Read from a certificate whether its image lies inside a shield."""
-    return certificate is not None and certificate.inside
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -261,7 +142,7 @@ def _tile(image: Image.Image, cell: tuple[int, int]) -> Image.Image:
 
 
 def _flow(blocks: Sequence[Image.Image], width: int) -> Image.Image:
-    """Sets blocks like words: side by side while they fit into `width`, then on the next line."""
+    """Set blocks like words: side by side while they fit into `width`, then on the next line."""
     lines: list[list[Image.Image]] = []
     used = 0
     for block in blocks:
@@ -284,18 +165,18 @@ def _flow(blocks: Sequence[Image.Image], width: int) -> Image.Image:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
 def _drawable(text: str) -> str:
-    """Keeps to what Pillow's built-in font holds: accents are dropped, other foreign characters become "?"."""
+    """Reduce text to what Pillow's built-in font holds: drop accents, write "?" for other foreign characters."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join(c if c.isascii() or c in "…·“”’" else "?" for c in " ".join(plain.split()))
 
 
 def _wrap(text: str, size: int, width: int, lines: int) -> list[str]:
-    """Breaks text into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis."""
+    """Break text into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis."""
 
     def length(t: str) -> float:
         return _font(size).getlength(t)

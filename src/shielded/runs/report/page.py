@@ -14,7 +14,7 @@ from string import Template
 
 from PIL import Image
 
-from shielded.runs.report.grid import Diversity, Picture, Row, by_prompt, number
+from shielded.runs.report.rows import Diversity, Picture, Row, by_prompt, number
 
 LARGEST = 512  # pixels: larger pictures are embedded at this size, so that the page stays a few megabytes
 
