@@ -156,9 +156,8 @@ def measure(latents: Tensor, protected: ProtectedSet, radius: float | Tensor | N
         return str(protected.ids[row]), distance, float(radii[row])
 
     leak = {query: at(row, distance) for query, (distance, row) in nearest_hit.items()}
-    shield = {query: row for query, (_, row) in nearest_hit.items()}
     return [
-        Measured(*at(row, distance), leak.get(i), shield.get(i, row))
+        Measured(*at(row, distance), leak.get(i), nearest_hit[i][1] if i in nearest_hit else row)
         for i, (row, distance) in enumerate(zip(rows[:, 0].tolist(), distances[:, 0].tolist(), strict=True))
     ]
 
