@@ -1,11 +1,14 @@
 """Help that fits a screen, and bad usage that is answered by one sentence and exit code 2."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import shielded
 from shielded.cli import app
 
 COMMANDS = ["demo", "protect", "generate", "verify", "calibrate", "evaluate", "reproduce", "studio"]
@@ -31,6 +34,15 @@ def test_without_a_command_there_is_a_list_of_them():
     result = runner.invoke(app, [], terminal_width=WIDTH)
     assert all(command in result.output for command in COMMANDS)
     assert len(result.output.strip().splitlines()) <= LINES
+
+
+def test_the_version_is_printed_without_torch():
+    code = (
+        "import sys\nfrom shielded.cli import app\n"
+        "try:\n    app(['--version'])\nfinally:\n    print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [f"shielded {shielded.__version__}", "False"]
 
 
 BAD = {

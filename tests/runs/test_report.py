@@ -234,11 +234,11 @@ def test_the_file_is_complete_or_untouched(tmp_path, monkeypatch):
         write_report(path, make_report(), [], None, [], {"radius": object()})
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
-    def fail(self, target):
-        assert self.read_text(encoding="utf-8").endswith("</html>\n")
+    def fail(draft, target):
+        assert draft.read_text(encoding="utf-8").endswith("</html>\n")
         raise OSError("disk full")
 
-    monkeypatch.setattr("pathlib.Path.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(path, make_report(), [], None, [], {})
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from shielded import __version__
 from shielded.cli import settings
 from shielded.cli.calibrate import calibrate
 from shielded.cli.demo import demo
@@ -24,8 +27,20 @@ for command in (demo, protect, generate, verify, calibrate, evaluate, reproduce,
     app.command()(command)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"shielded {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def program(context: typer.Context) -> None:
+def program(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
     """Keep diffusion models away from protected images, and make their outputs differ.
 
     Options that you use often can stand in a file, shielded.toml.
@@ -33,13 +48,15 @@ def program(context: typer.Context) -> None:
     settings.used = None if context.resilient_parsing else settings.find()
     if settings.used is not None:
         try:
-            context.default_map = settings.read(settings.used, context, context.command.commands)
+            defaults = settings.read(settings.used, context, getattr(context.command, "commands", {}))
         except settings.SettingsError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from None
-        if not context.default_map.get(context.invoked_subcommand):
+        context.default_map = defaults
+        if not defaults.get(context.invoked_subcommand or ""):
             settings.used = None
 
 
 def main() -> None:
+    """Run the program."""
     app(prog_name="shielded")

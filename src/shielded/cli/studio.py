@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from shielded._extras import missing
 from shielded.cli.options import Debug, Device, Model, UsageError, errors
 from shielded.models import DEFAULT_MODEL
 
 
 def studio(
     model: Model = DEFAULT_MODEL,
-    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="Of the page.")] = 7860,
+    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="Port of the page.")] = 7860,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Address to listen on; 127.0.0.1 is this machine alone.")
     ] = "127.0.0.1",
@@ -31,7 +32,7 @@ def studio(
         except ModuleNotFoundError as error:
             if error.name != "gradio":
                 raise
-            raise UsageError("the studio needs gradio; install it with: pip install 'shielded[studio]'") from None
+            raise UsageError(missing("The pages of the studio", "studio")) from None
         try:
             with socket.create_server((host, port)):
                 pass

@@ -1,11 +1,10 @@
 """One HTML file that tells what a run did: no request leaves it, and it reads well without JavaScript."""
 
+from __future__ import annotations
+
 import base64
 import io
-import math
-import os
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import groupby
@@ -14,6 +13,9 @@ from string import Template
 
 from PIL import Image
 
+from shielded.files import replacing
+from shielded.generation import GUIDANCE_OPTIONS
+from shielded.runs.report.plots import distance_plot, known, trace_plot
 from shielded.runs.report.rows import Diversity, Picture, Row, by_prompt, number
 
 LARGEST = 512  # pixels: larger pictures are embedded at this size, so that the page stays a few megabytes
@@ -29,7 +31,7 @@ def write_report(
     made_with: Mapping[str, object] | None = None,
     title: str = "Images with and without SPELL",
 ) -> None:
-    """Writes the page as one file; an older file stays as it is until the new one is complete.
+    """Write the page as one file; an older file stays as it is until the new one is complete.
 
     Args:
         path: file to write.
@@ -66,78 +68,9 @@ def write_report(
         ),
         "</main>",
     ]
-    template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    _write(Path(path), template.substitute(title=escape(title), body="\n".join(body)))
-
-
-def distance_plot(rows: Sequence[Row], radius: float | None) -> str:
-    """Draws one line per image: its distance to the nearest protected image, without (hollow) and with SPELL (filled).
-
-    Args:
-        rows: rows without any distance are left out.
-        radius: marked on every line, with the inside shaded; None: not shown.
-
-    Returns:
-        An inline SVG that takes the width of its container, styled by the page; "" if there is no distance to show.
-    """
-    rows = [row for row in rows if _known(row.distance_without) or _known(row.distance_with)]
-    if not rows:
-        return ""
-    known = [d for row in rows for d in (row.distance_without, row.distance_with, radius) if _known(d)]
-    top = _round_up(max(known))
-
-    def x(distance: float) -> float:
-        return 100 * distance / top
-
-    marks, y = [], 26
-    for prompt, group in by_prompt(rows).items():
-        marks.append(f'<text class="strong" x="0" dx="8" y="{y + 20}">{escape(_shorten(prompt, 38))}</text>')
-        y += 32
-        for row in group:
-            if _known(radius):  # a tick per image: a line all the way down would run through the numbers
-                marks.append(_radius_tick(x(radius), y + 18))
-            marks.append(_dumbbell(row, x, y))
-            y += 42
-    zone = ""
-    if _known(radius):
-        edge = x(radius)
-        side = 'text-anchor="end" dx="-6"' if edge > 60 else 'dx="6"'
-        zone = (
-            f'<rect class="zone" x="0" y="20" width="{edge:.2f}%" height="{y - 20}"/>\n{_radius_tick(edge, 4)}\n'
-            f'<text class="strong" x="{edge:.2f}%" y="14" {side}>radius {number(radius)}</text>\n'
-        )
-    ticks = [(0, "start"), (top / 2, "middle"), (top, "end")]
-    axis = f'<line class="rule" x1="0" x2="100%" y1="{y}" y2="{y}"/>\n' + "\n".join(
-        f'<text x="{x(value):.2f}%" y="{y + 18}" text-anchor="{anchor}">{value:g}</text>' for value, anchor in ticks
-    )
-    label = f"Distance of {len(rows)} images to their nearest protected image, without and with SPELL"
-    return f'<svg role="img" aria-label="{label}" height="{y + 26}">\n{zone}{axis}\n' + "\n".join(marks) + "\n</svg>"
-
-
-def trace_plot(trace: Sequence[Mapping]) -> str:
-    """Draws how many shields were active and how hard they pushed, over the noise schedule from 1 to 0.
-
-    Args:
-        trace: one row per step and image with the keys `noise_level` (1 at the start, 0 at the end), `active`,
-            `push` and `score_ratio`. Lines are means over the images, bands go from the least to the most.
-
-    Returns:
-        An inline SVG that takes the width of its container, styled by the page; "" if there is nothing to show.
-    """
-    quantities = [
-        ("active", "Active shields per image"),
-        ("push", "Length of the push (latent L2)"),
-        ("score_ratio", "Push as a share of the model's score"),
-    ]
-    panels = [(label, points) for key, label in quantities if (points := _aggregate(trace, key))]
-    if not panels:
-        return ""
-    marks = [_panel(label, points, 166 * i) for i, (label, points) in enumerate(panels)]
-    y = 166 * len(panels)
-    for level, anchor, text in (1, "start", "1 (pure noise)"), (0.5, "middle", "0.5"), (0, "end", "0 (finished)"):
-        marks.append(f'<text x="{100 * (1 - level):g}%" y="{y}" text-anchor="{anchor}">{text}</text>')
-    label = "Over the noise schedule: " + ", ".join(label for label, _ in panels)
-    return f'<svg role="img" aria-label="{label}" height="{y + 6}">\n' + "\n".join(marks) + "\n</svg>"
+    template = Template(files(__name__.rpartition(".")[0]).joinpath("page.html").read_text(encoding="utf-8"))
+    with replacing(path) as draft:
+        draft.write_text(template.substitute(title=escape(title), body="\n".join(body)), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -227,7 +160,7 @@ def _pictures(report: Mapping, rows: Sequence[Row]) -> str:
         return ""
     radius = report.get("radius")
     text = "<p>Same prompt, same seed: the upper picture is the model's own, the lower one is made with SPELL."
-    if any(_known(row.distance_without) or _known(row.distance_with) for row in rows):
+    if any(known(row.distance_without) or known(row.distance_with) for row in rows):
         text += " The number is the distance to the nearest protected image"
         text += "." if radius is None else f"; below {number(radius)} it lies inside a shield."
     parts = [text + "</p>"]
@@ -273,7 +206,7 @@ def _sampling(trace: Sequence[Mapping]) -> str:
     plot = trace_plot(trace)
     if not plot:
         return ""
-    active = [row["active"] for row in trace if _known(row.get("active"))]
+    active = [row["active"] for row in trace if known(row.get("active"))]
     text = (
         "At every step the model predicts the finished image. Where that prediction lies inside a shield, SPELL pushes "
         "it out of it; where it does not, SPELL changes nothing."
@@ -399,7 +332,7 @@ def _certificate(c: Mapping) -> str:
     result = "not measured"
     if inside is not None:
         result = '<strong class="without">inside</strong>' if inside else "outside"
-    ratio = f"{distance / radius:.3f}" if _known(distance) and radius else "–"
+    ratio = f"{distance / radius:.3f}" if known(distance) and radius else "–"
     sha = c.get("sha256")
     cells = [
         f'<th scope="row">{_text(c.get("image"))}</th>',
@@ -428,12 +361,12 @@ def _text(value: object) -> str:
     return "–" if value is None else escape(str(value))
 
 
-_READ = {"protected": "ProtectedSet", "calibration": "Calibration"}  # settings that are files, and what reads them
-_CALL = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale", "true_cfg_scale": "true_cfg_scale"}
+_READ = {"protected": "ProtectedSet", "calibration": "Calibration"}  # settings that are files -> class that reads them
+_CALL = {"steps": "num_inference_steps", **{name: name for name in GUIDANCE_OPTIONS}}
 
 
 def _repeated(prompts: Sequence[str]) -> str:
-    """A list of prompts as Python: ['owl'] * 4 + ['cat'] * 4."""
+    """Write a list of prompts as Python: ['owl'] * 4 + ['cat'] * 4."""
     return " + ".join(f"[{prompt!r}] * {len(list(same))}" for prompt, same in groupby(prompts))
 
 
@@ -451,95 +384,3 @@ def _literal(name: str, value: object) -> str:
         f"the setting {name} is a {type(value).__name__}, which cannot be written as Python: "
         "give numbers, text or tuples, and for protected the path of the set"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Plots. Positions across are percentages and text has its natural size, so a plot fits a phone and a wide screen.
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _round_up(value: float) -> float:
-    """The end of an axis: the next 1, 2, 2.5, 4, 5 or 8 times a power of ten."""
-    if value <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 2.5, 4, 5, 8, 10) if step * power >= value)
-
-
-def _shorten(text: str, columns: int) -> str:
-    """Cuts text to a number of columns, East Asian wide characters counting two; a cut ends in an ellipsis."""
-    text = " ".join(text.split())
-    used = 0
-    for i, character in enumerate(text):
-        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if used > columns:
-            return text[:i].rstrip() + "…"
-    return text
-
-
-def _radius_tick(x: float, y: float) -> str:
-    return f'<line class="radius" x1="{x:.2f}%" x2="{x:.2f}%" y1="{y}" y2="{y + 16}"/>'
-
-
-def _dumbbell(row: Row, x: Callable[[float], float], y: float) -> str:
-    before, after = row.distance_without, row.distance_with
-    values = f"{number(before)} → {number(after)}"
-    marks = [
-        f'<text x="0" dx="8" y="{y + 13}">seed {row.seed}</text>',
-        f'<text x="100%" y="{y + 13}" text-anchor="end">{values}</text>',
-        f'<line class="rule" x1="0" x2="100%" y1="{y + 26}" y2="{y + 26}"/>',
-    ]
-    if _known(before) and _known(after):
-        marks.append(f'<line class="link" x1="{x(before):.2f}%" x2="{x(after):.2f}%" y1="{y + 26}" y2="{y + 26}"/>')
-    if _known(before):
-        marks.append(f'<circle class="before" cx="{x(before):.2f}%" cy="{y + 26}" r="6"/>')
-    if _known(after):
-        marks.append(f'<circle class="after" cx="{x(after):.2f}%" cy="{y + 26}" r="4.5"/>')
-    return "\n".join(marks)
-
-
-def _aggregate(trace: Sequence[Mapping], key: str) -> list[tuple[float, float, float, float]]:
-    """Per noise level, from 1 to 0: (level, mean, least, most) over the images."""
-    levels: dict[float, list[float]] = {}
-    for row in trace:
-        if _known(row.get(key)):
-            levels.setdefault(row["noise_level"], []).append(float(row[key]))
-    return [(level, sum(v) / len(v), min(v), max(v)) for level, v in sorted(levels.items(), reverse=True)]
-
-
-def _panel(label: str, points: Sequence[tuple[float, float, float, float]], y: float) -> str:
-    top = _round_up(max(most for *_, most in points))
-
-    def at(level: float, value: float) -> str:
-        return f"{100 * (1 - level):.2f},{100 * (1 - value / top):.2f}"
-
-    band = [at(level, most) for level, _, _, most in points] + [at(level, least) for level, _, least, _ in points[::-1]]
-    mean = [at(level, mean) for level, mean, _, _ in points]
-    marks = [f'<text class="strong" x="0" y="{y + 14}">{escape(label)}</text>']
-    for share in (0, 0.5, 1):  # the numbers stand at the right, where the noise is gone and the lines run low
-        height = y + 26 + 110 * (1 - share)
-        marks.append(f'<line class="rule" x1="0" x2="100%" y1="{height:g}" y2="{height:g}"/>')
-        if share:
-            marks.append(f'<text x="100%" y="{height - 4:g}" text-anchor="end">{top * share:g}</text>')
-    marks.append(
-        f'<svg x="0" y="{y + 26}" width="100%" height="110" viewBox="0 0 100 100" preserveAspectRatio="none">'
-        f'<polygon class="band" points="{" ".join(band)}"/>'
-        f'<polyline class="mean" vector-effect="non-scaling-stroke" points="{" ".join(mean)}"/></svg>'
-    )
-    marks += [
-        f'<circle class="after" cx="{100 * (1 - level):.2f}%" cy="{y + 26 + 110 * (1 - mean / top):.2f}" r="2.5"/>'
-        for level, mean, _, _ in points
-    ]
-    return "\n".join(marks)
