@@ -1,5 +1,6 @@
 """README and documentation: every block runs, every link leads somewhere, every command that is named exists."""
 
+import ast
 import functools
 import re
 import shlex
@@ -114,6 +115,21 @@ def test_commands_and_their_options_exist(page):
         for path in re.findall(r"(?<![\w/.])(?:src|tests|docs|benchmarks|examples|training)/[\w/]+\.\w+", line):
             assert (ROOT / path).exists(), line
     assert not re.search(r"[^\w]/(?:work|home|root|tmp)/", text)
+
+
+def test_stations_of_the_architecture_are_in_the_code():
+    walks = re.split(r"^## ", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)[2:]
+    assert len(walks) == 2
+    for walk in walks:
+        stations = re.findall(r"^\| (\d+) \| `([\w/]+\.py)` \| `([\w.]+)` \|", walk, re.MULTILINE)
+        assert [int(number) for number, *_ in stations] == [*range(1, len(stations) + 1)]
+        assert 1 < len(stations) <= 10
+        for _, file, function in stations:
+            tree = ast.parse((ROOT / "src/shielded" / file).read_text())
+            for part in function.split("."):
+                found = [node for node in tree.body if getattr(node, "name", None) == part]
+                assert found, f"{file} has no {function}"
+                tree = found[0]
 
 
 def anchors(page):
