@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-class Family(NamedTuple):
+class PipelineFamily(NamedTuple):
     """What the pipelines of one class of denoiser have in common.
 
     Images are multiples of `patch` times the autoencoder's factor. Samplers see latents (B, C, H, W), videos
@@ -29,17 +29,17 @@ class Family(NamedTuple):
 
 
 FAMILIES = {  # by class of the denoiser
-    "UNet2DConditionModel": Family(),  # Stable Diffusion 1, 2 and XL
-    "SD3Transformer2DModel": Family(patch=2),
-    "DiTTransformer2DModel": Family(patch=2),
-    "PixArtTransformer2DModel": Family(patch=2),
-    "SanaTransformer2DModel": Family(),
-    "ZImageTransformer2DModel": Family(patch=2),
-    "FluxTransformer2DModel": Family(patch=2, packed=True),
-    "Flux2Transformer2DModel": Family(patch=2, packed=True),
-    "QwenImageTransformer2DModel": Family(patch=2, packed=True),
-    "WanTransformer3DModel": Family(patch=2, video=True),
-    "LTXVideoTransformer3DModel": Family(packed=True, video=True),
+    "UNet2DConditionModel": PipelineFamily(),  # Stable Diffusion 1, 2 and XL
+    "SD3Transformer2DModel": PipelineFamily(patch=2),
+    "DiTTransformer2DModel": PipelineFamily(patch=2),
+    "PixArtTransformer2DModel": PipelineFamily(patch=2),
+    "SanaTransformer2DModel": PipelineFamily(),
+    "ZImageTransformer2DModel": PipelineFamily(patch=2),
+    "FluxTransformer2DModel": PipelineFamily(patch=2, packed=True),
+    "Flux2Transformer2DModel": PipelineFamily(patch=2, packed=True),
+    "QwenImageTransformer2DModel": PipelineFamily(patch=2, packed=True),
+    "WanTransformer3DModel": PipelineFamily(patch=2, video=True),
+    "LTXVideoTransformer3DModel": PipelineFamily(packed=True, video=True),
 }
 
 AUTOENCODERS = {  # by class, whether it works on videos; Qwen-Image's takes images as videos of one frame
@@ -56,7 +56,7 @@ AUTOENCODERS = {  # by class, whether it works on videos; Qwen-Image's takes ima
 _EXCEPTIONS = {"LTXImageToVideoPipeline": "its sampler does not see the first frame"}
 
 
-def parts(pipe: Any) -> tuple[Any, Any, Family]:
+def parts(pipe: Any) -> tuple[Any, Any, PipelineFamily]:
     """Return the autoencoder, the denoiser and the family of a pipeline, without the wrappers of torch.compile.
 
     Raises:

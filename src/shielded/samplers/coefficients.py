@@ -33,7 +33,7 @@ class State(NamedTuple):
     sigma: float
 
 
-class Family(NamedTuple):
+class SchedulerFamily(NamedTuple):
     """One way to turn model outputs into x0, and the config options that make `step` bound x0 afterwards."""
 
     state: Callable[[Any, Any, Any], State]  # (scheduler, timestep, index, None where not counted) -> State
@@ -98,7 +98,7 @@ def bounded_x0(scheduler: Any, x0: Tensor) -> Tensor:
     return x0
 
 
-def family_of(scheduler: Any) -> Family:
+def family_of(scheduler: Any) -> SchedulerFamily:
     """Look up the row of the table for a scheduler; subclasses use the row of the class they extend.
 
     Raises:
@@ -264,37 +264,37 @@ def _wuerstchen(scheduler: Any, timestep: Any, index: int | None) -> State:
 _CLIP = ("thresholding", "clip_sample")
 
 SUPPORTED = {
-    "CMStochasticIterativeScheduler": Family(_consistency, ("clip_denoised",)),
-    "CogVideoXDDIMScheduler": Family(_vp),  # has clip_sample in its config but does not clip
-    "CosineDPMSolverMultistepScheduler": Family(_edm),
-    "DDIMParallelScheduler": Family(_vp, _CLIP),
-    "DDIMScheduler": Family(_vp, _CLIP),
-    "DDPMParallelScheduler": Family(_vp, _CLIP),
-    "DDPMScheduler": Family(_vp, _CLIP),
-    "DDPMWuerstchenScheduler": Family(_wuerstchen),
-    "DEISMultistepScheduler": Family(_multistep, ("thresholding",)),
-    "DPMSolverMultistepScheduler": Family(_multistep, ("thresholding",)),
-    "DPMSolverSDEScheduler": Family(_dpm_sde),
-    "DPMSolverSinglestepScheduler": Family(_multistep, ("thresholding",)),
-    "EDMDPMSolverMultistepScheduler": Family(_edm, ("thresholding",)),
-    "EDMEulerScheduler": Family(_edm),
-    "EulerAncestralDiscreteScheduler": Family(_ve),
-    "EulerDiscreteScheduler": Family(_ve),
-    "FlowMatchEulerDiscreteScheduler": Family(_flow),
-    "FlowMatchHeunDiscreteScheduler": Family(_flow),
-    "FlowMatchLCMScheduler": Family(_flow),
-    "HeunDiscreteScheduler": Family(_ve, ("clip_sample",)),
-    "IPNDMScheduler": Family(_ipndm),
-    "KDPM2AncestralDiscreteScheduler": Family(_kdpm2_ancestral),
-    "KDPM2DiscreteScheduler": Family(_kdpm2),
-    "LCMScheduler": Family(_vp, _CLIP),
-    "LMSDiscreteScheduler": Family(_ve),
-    "LTXEulerAncestralRFScheduler": Family(_flow),
-    "PNDMScheduler": Family(_vp),
-    "SASolverScheduler": Family(_multistep, ("thresholding",)),
-    "TCDScheduler": Family(_vp),  # has clip_sample and thresholding in its config but applies neither
-    "UnCLIPScheduler": Family(_vp, ("clip_sample",)),
-    "UniPCMultistepScheduler": Family(_multistep, ("thresholding",)),
+    "CMStochasticIterativeScheduler": SchedulerFamily(_consistency, ("clip_denoised",)),
+    "CogVideoXDDIMScheduler": SchedulerFamily(_vp),  # has clip_sample in its config but does not clip
+    "CosineDPMSolverMultistepScheduler": SchedulerFamily(_edm),
+    "DDIMParallelScheduler": SchedulerFamily(_vp, _CLIP),
+    "DDIMScheduler": SchedulerFamily(_vp, _CLIP),
+    "DDPMParallelScheduler": SchedulerFamily(_vp, _CLIP),
+    "DDPMScheduler": SchedulerFamily(_vp, _CLIP),
+    "DDPMWuerstchenScheduler": SchedulerFamily(_wuerstchen),
+    "DEISMultistepScheduler": SchedulerFamily(_multistep, ("thresholding",)),
+    "DPMSolverMultistepScheduler": SchedulerFamily(_multistep, ("thresholding",)),
+    "DPMSolverSDEScheduler": SchedulerFamily(_dpm_sde),
+    "DPMSolverSinglestepScheduler": SchedulerFamily(_multistep, ("thresholding",)),
+    "EDMDPMSolverMultistepScheduler": SchedulerFamily(_edm, ("thresholding",)),
+    "EDMEulerScheduler": SchedulerFamily(_edm),
+    "EulerAncestralDiscreteScheduler": SchedulerFamily(_ve),
+    "EulerDiscreteScheduler": SchedulerFamily(_ve),
+    "FlowMatchEulerDiscreteScheduler": SchedulerFamily(_flow),
+    "FlowMatchHeunDiscreteScheduler": SchedulerFamily(_flow),
+    "FlowMatchLCMScheduler": SchedulerFamily(_flow),
+    "HeunDiscreteScheduler": SchedulerFamily(_ve, ("clip_sample",)),
+    "IPNDMScheduler": SchedulerFamily(_ipndm),
+    "KDPM2AncestralDiscreteScheduler": SchedulerFamily(_kdpm2_ancestral),
+    "KDPM2DiscreteScheduler": SchedulerFamily(_kdpm2),
+    "LCMScheduler": SchedulerFamily(_vp, _CLIP),
+    "LMSDiscreteScheduler": SchedulerFamily(_ve),
+    "LTXEulerAncestralRFScheduler": SchedulerFamily(_flow),
+    "PNDMScheduler": SchedulerFamily(_vp),
+    "SASolverScheduler": SchedulerFamily(_multistep, ("thresholding",)),
+    "TCDScheduler": SchedulerFamily(_vp),  # has clip_sample and thresholding in its config but applies neither
+    "UnCLIPScheduler": SchedulerFamily(_vp, ("clip_sample",)),
+    "UniPCMultistepScheduler": SchedulerFamily(_multistep, ("thresholding",)),
 }
 
 _CALL_SPELL = "call the Spell on x0 in your own sampling loop"
