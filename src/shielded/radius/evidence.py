@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from shielded.files import file_sha256
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.protected import ProtectedSet, add_images, find_images, load_images
+from shielded.protected.columns import Ids
 from shielded.protected.ingest.pictures import MIRRORED
 from shielded.radius.alterations import CHANGES, Change
 
@@ -237,7 +239,7 @@ class ProtectedPictures:
     def variants(self, rows: Sequence[int]) -> Tensor:
         """Return (M, 2, *S) latents of rows and of their mirrored images; the row twice where those are unprotected."""
         mirrored = [f"{MIRRORED}{self.protected.ids[row]}" for row in rows]
-        found = self.protected.ids.find(mirrored)
+        found = cast(Ids, self.protected.ids).find(mirrored)  # calibration reads sets of this machine
         others = [found.get(name, row) for name, row in zip(mirrored, rows, strict=True)]
         return torch.stack([self.protected.vectors(list(rows)), self.protected.vectors(others)], dim=1)
 
