@@ -141,7 +141,7 @@ def test_less_memory_takes_fewer_queries_at_a_time_and_finds_the_same(indexed, t
 
 
 def test_any_number_of_queries_for_any_number_of_steps(indexed, monkeypatch, tmp_path):
-    monkeypatch.setattr(bounds, "_KEPT", 3)  # earlier queries are soon forgotten
+    monkeypatch.setattr(bounds, "_MAX_CACHED_STEPS", 3)  # earlier queries are soon forgotten
     rng = np.random.default_rng(8)
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 6, 6)))
     for n in range(3):
@@ -171,17 +171,17 @@ def test_a_search_that_is_broken_off_leaves_nothing_wrong_behind(indexed, monkey
     far, near = z[:2] + 40, z[:2] + 0.1
     asked = [torch.from_numpy(x).float().view(2, 4, 4, 4) for x in (far, near)]
     protected.within(asked[1], 3.0)
-    search_shard = bounds._View.search
+    search_shard = bounds._QueryBounds.search
 
     def broken(self, shard, *rest):
         if shard == 1:
             raise KeyboardInterrupt
         return search_shard(self, shard, *rest)
 
-    monkeypatch.setattr(bounds._View, "search", broken)
+    monkeypatch.setattr(bounds._QueryBounds, "search", broken)
     with pytest.raises(KeyboardInterrupt):
         protected.within(asked[0], 330.0)
-    monkeypatch.setattr(bounds._View, "search", search_shard)
+    monkeypatch.setattr(bounds._QueryBounds, "search", search_shard)
     for x, radius in ((near, 3.0), (far, 319.0), (near, 9.0)):
         exact = brute_force(x.astype(np.float32), z)
         hits = protected.within(torch.from_numpy(x).float().view(2, 4, 4, 4), radius)

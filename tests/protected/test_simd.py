@@ -5,13 +5,13 @@ import pytest
 from numba import njit
 
 from shielded.protected.search.indexed import kernels, simd
-from shielded.protected.search.indexed.index import LINE
+from shielded.protected.search.indexed.index import LINE_BYTES
 
-WIDTHS = [0] + [width for width in (256, 512) if width <= simd.WIDTH]
+WIDTHS = [0] + [width for width in (256, 512) if width <= simd.WIDTH_BITS]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("numbers", [LINE, 5 * LINE, 1 << 15])
+@pytest.mark.parametrize("numbers", [LINE_BYTES, 5 * LINE_BYTES, 1 << 15])
 def test_products_of_bytes_are_exact(width, numbers):
     multiply = simd.multiplication(width)
 
@@ -22,7 +22,7 @@ def test_products_of_bytes_are_exact(width, numbers):
                 rows[row].ctypes.data,
                 rows[min(row + 1, len(rows) - 1)].ctypes.data,
                 queries.ctypes.data,
-                rows.shape[1] // LINE,
+                rows.shape[1] // LINE_BYTES,
                 out[row].ctypes.data,
             )
 
@@ -41,26 +41,26 @@ def test_codes_are_filled_up_and_lie_together_query_by_query():
     codes = np.random.default_rng(0).integers(-127, 128, (3, 8, 100), dtype=np.int8)
     blocks = kernels.blocks(codes)
     assert blocks.shape == (3, 2, 8, 64)
-    assert blocks.ctypes.data % LINE == 0
+    assert blocks.ctypes.data % LINE_BYTES == 0
     np.testing.assert_array_equal(blocks[1, 1, 2, :36], codes[1, 2, 64:])
     assert not blocks[:, 1, :, 36:].any()
 
 
 def test_bounds_are_what_float64_says():
     @njit
-    def run(squared, rho, error, sums, shifts, step, terms, products, top, rough, lower, least):
+    def run(squared, rho, error, sums, shifts, step, terms, products, limit, partial, lower, minimum):
         at, of = sums.ctypes.data, shifts.ctypes.data
-        simd.from_heads(squared, (at, at + 32), (of, of + 32), step.ctypes.data, rough.ctypes.data)
+        simd.partial_distance(squared, (at, at + 32), (of, of + 32), step.ctypes.data, partial.ctypes.data)
         first = terms.ctypes.data
-        return simd.to_bounds(
+        return simd.lower_bound(
             rho,
             error,
-            rough.ctypes.data,
+            partial.ctypes.data,
             (first, first + 32, first + 64, first + 96),
             products.ctypes.data,
-            top.ctypes.data,
+            limit.ctypes.data,
             lower.ctypes.data,
-            least.ctypes.data,
+            minimum.ctypes.data,
         )
 
     rng = np.random.default_rng(1)
@@ -69,18 +69,18 @@ def test_bounds_are_what_float64_says():
     step, products = rng.standard_normal((2, 8)).astype(np.float32)
     step *= 1e-8
     terms = rng.standard_normal((4, 8)).astype(np.float32)
-    rough, lower = np.zeros((2, 8), np.float32)
+    partial, lower = np.zeros((2, 8), np.float32)
     coarse, fine = (sums - shifts).astype(np.float64)
     expected = squared - step.astype(np.float64) * (254 * coarse + fine)
-    common, factor, high, doubt = terms.astype(np.float64)
-    bounds = expected + factor * products + high * rho + doubt * error + common
-    top = (bounds + np.array([1, -1, 1, -1, 1, -1, 1, -1])).astype(np.float32)
-    terms[0, 6:] = np.nan  # what overflowed is a risk, whatever the top is, and no least bound
-    least = np.full(8, bounds[2], np.float32)
-    bits = run(squared, rho, error, sums, shifts, step, terms, products, top, rough, lower, least)
+    common, factor, rho_factor, error_factor = terms.astype(np.float64)
+    bounds = expected + factor * products + rho_factor * rho + error_factor * error + common
+    limit = (bounds + np.array([1, -1, 1, -1, 1, -1, 1, -1])).astype(np.float32)
+    terms[0, 6:] = np.nan  # what overflowed is a risk, whatever the limit is, and no smallest bound
+    minimum = np.full(8, bounds[2], np.float32)
+    bits = run(squared, rho, error, sums, shifts, step, terms, products, limit, partial, lower, minimum)
     assert f"{bits:08b}" == "11010101"
-    np.testing.assert_allclose(rough, expected, rtol=1e-6)
+    np.testing.assert_allclose(partial, expected, rtol=1e-6)
     np.testing.assert_allclose(lower[:6], bounds[:6], rtol=1e-5, atol=1e-6)
     assert np.isnan(lower[6:]).all()
-    np.testing.assert_allclose(least[:6], np.minimum(bounds[:6], bounds[2]), rtol=1e-5, atol=1e-6)
-    assert (least[6:] == np.float32(bounds[2])).all()
+    np.testing.assert_allclose(minimum[:6], np.minimum(bounds[:6], bounds[2]), rtol=1e-5, atol=1e-6)
+    assert (minimum[6:] == np.float32(bounds[2])).all()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shielded.protected.search.indexed import index
-from shielded.protected.search.indexed.bounds import Pruned
+from shielded.protected.search.indexed.bounds import Pruner
 from shielded.protected.search.indexed.index import Index, Projection
 from shielded.protected.search.interface import (
     Pairs,
@@ -64,9 +64,9 @@ class IndexedSearch:
 
     def _all_within(self, x: np.ndarray, radius: np.ndarray, shrink: np.ndarray | None) -> Iterator[Pairs]:
         for first, part, radii in self._batches(x, radius, shrink):
-            slots, _ = self._pruned.assign(part)
-            limit = radii.cell_limits(self._pruned, self._row, len(part))
-            for query, stored, _ in self._pruned.reach(part, slots, limit):
+            lanes, _ = self._pruner.match(part)
+            limit = radii.cell_limits(self._pruner, self._row, len(part))
+            for query, stored, _ in self._pruner.survivors(part, lanes, limit):
                 row = self._row[stored]
                 distance = exact_distances(part, self._vectors.take, query, stored)
                 inside = radii.contain(query, row, distance)
@@ -79,20 +79,20 @@ class IndexedSearch:
         k = min(k, self._count)
         cached = min(k + _SPARE_NEIGHBOURS, self._count)
         for first, part, radii in self._batches(x, radius, shrink):
-            slots, moved = self._pruned.assign(part)
+            lanes, moved = self._pruner.match(part)
             # The k-th nearest row is not farther than the k-th nearest of any known rows.
-            known = [self._pruned.neighbours[slot] for slot in slots]
+            known = [self._pruner.neighbours[lane] for lane in lanes]
             limit = self._squared_kth(part, known, k, radii)
             # After a jump the cached neighbours say little.
             if any(len(rows) < k for rows in known) or (np.square(moved) > limit / 4).any():
-                known = self._pruned.guess(part, slots, min(max(cached, _MIN_INITIAL_ROWS), self._count))
+                known = self._pruner.approximate_nearest(part, lanes, min(max(cached, _MIN_INITIAL_ROWS), self._count))
                 limit = np.minimum(limit, self._squared_kth(part, known, k, radii))
-            limit = np.minimum(limit[:, None], radii.cell_limits(self._pruned, self._row, len(part)))
-            query, stored, lower = joined(self._pruned.reach(part, slots, limit))
-            for i, slot in enumerate(slots):
+            limit = np.minimum(limit[:, None], radii.cell_limits(self._pruner, self._row, len(part)))
+            query, stored, lower = joined(self._pruner.survivors(part, lanes, limit))
+            for i, lane in enumerate(lanes):
                 of_query = query == i
                 distance, best = self._closest(part[i : i + 1], stored[of_query], lower[of_query], k, radii, i)
-                self._pruned.neighbours[slot] = np.append(best, known[i][~np.isin(known[i], best)])[:cached]
+                self._pruner.neighbours[lane] = np.append(best, known[i][~np.isin(known[i], best)])[:cached]
                 yield np.full(min(k, len(best)), first + i), self._row[best[:k]], distance[:k]
 
     def _squared_kth(self, x: np.ndarray, known: list[np.ndarray], k: int, radii: _Radii) -> np.ndarray:
@@ -149,7 +149,7 @@ class IndexedSearch:
             yield first, x[part], _Radii(*(None if values is None else values[part] for values in (radius, shrink)))
 
     @cached_property
-    def _pruned(self) -> Pruned:
+    def _pruner(self) -> Pruner:
         projection = Projection(self._shape)
         parts = self._vectors.parts()
         indexes = [
@@ -157,7 +157,7 @@ class IndexedSearch:
             for path, (_, rows) in zip(tqdm(self._paths, "index", disable=None, leave=False), parts, strict=True)
         ]
         starts, counts = zip(*((start, len(rows)) for start, rows in parts), strict=True)
-        return Pruned(indexes, list(starts), list(counts), projection, self._vectors.alive)
+        return Pruner(indexes, list(starts), list(counts), projection, self._vectors.alive)
 
     def _index(self, path: Path, rows: np.ndarray, projection: Projection) -> Index:
         """Map the index of a shard, built first if it is missing; in a temporary folder if the set's is read-only."""
@@ -190,16 +190,16 @@ class _Radii:
             return np.ones(len(distance), bool)
         return distance < shrunk(self.radius[query, row], None if self.shrink is None else self.shrink[query])
 
-    def cell_limits(self, pruned: Pruned, row: np.ndarray, batch: int) -> np.ndarray:
+    def cell_limits(self, pruner: Pruner, row: np.ndarray, batch: int) -> np.ndarray:
         """Compute the largest squared radius (B, cells) in each cell, negative where there is none.
 
         Args:
-            pruned: knows the cells.
+            pruner: knows the cells.
             row: the row of each stored row.
             batch: B.
         """
         if self.radius is None:
-            return np.full((batch, pruned.cells), np.inf)
-        largest = pruned.largest(self.radius, row)
+            return np.full((batch, pruner.cells), np.inf)
+        largest = pruner.largest(self.radius, row)
         limit = np.square(largest) - (0 if self.shrink is None else self.shrink[:, None])
         return np.where(largest > 0, limit, -1.0)
