@@ -1,8 +1,8 @@
-"""Several processes and a Ray cluster on this machine, with 1 and with 2 workers, and what that means for more.
+"""Measure several processes and a Ray cluster on this machine with 1 and 2 workers, and extrapolate to more.
 
-python benchmarks/scale.py                      # measures, then prints the model (some minutes)
-python benchmarks/scale.py --measured FILE      # prints the model of an earlier run, which is kept in FILE
-python benchmarks/scale.py --docs docs/scale.md # and writes both there
+python benchmarks/scale.py                      # measure, then print the model (some minutes)
+python benchmarks/scale.py --measured FILE      # print the model of an earlier run, whose results FILE holds
+python benchmarks/scale.py --docs docs/scale.md # also write the results to the page
 
 Needs the extras accelerate and ray. Two workers need two idle cores to mean anything.
 """
@@ -40,9 +40,9 @@ SPACES = {
     "Stable Diffusion 3, FLUX.1, 1,024 px": 262_144,
     "Wan 2.1, 480×832, 81 frames": 2_096_640,
 }
-BATCH = 8  # images that search together
-FEW = 32  # images of the shorter of the two jobs that encode
-MOVED = 0.03  # how far x0 moves in a step, as a share of the way from one image to another
+BATCH = 8  # images per search
+SHORT_JOB_IMAGES = 32  # images of the shorter of the two encoding jobs
+STEP_SHARE = 0.03  # move of x0 in a step, as a share of the distance between two images
 # Assumed: bytes, and bytes/s to and from memory and network (10 Gbit/s).
 MACHINE = {"cores": 64, "memory": 512e9, "bandwidth": 200e9, "network": 1.25e9}
 
@@ -65,7 +65,7 @@ def median_seconds(job: Any, repeats: int = 7) -> float:
 
 
 def generation(workers: int, images: int, steps: int) -> dict[str, float]:
-    """Seconds of one batch, and of handing x0 around at one step, with so many processes."""
+    """Time one batch, and gathering x0 at one step, in seconds, with `workers` processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
@@ -80,12 +80,12 @@ def one_process(out: Path, images: int, steps: int) -> None:
     spell = Spell(radius=26.0)
     options = {"steps": steps, "guidance_scale": GUIDANCE["emoji"], "progress": False, "batch_size": images}
 
-    def made() -> None:
+    def job() -> None:
         generate(pipe, ["red heart"] * images, list(range(images)), spell, processes=device is not None, **options)
 
     share = distributed.Share.of(BATCH)
     x0 = torch.zeros(share.size, 16_384)
-    measured = {"seconds": median_seconds(made, 3), "gather": median_seconds(lambda: share.gather(x0))}
+    measured = {"seconds": median_seconds(job, 3), "gather": median_seconds(lambda: share.gather(x0))}
     if distributed.is_main():
         write_json(out, measured)
     distributed.leave()
@@ -95,7 +95,7 @@ def one_process(out: Path, images: int, steps: int) -> None:
 
 
 def latents(count: int, side: int, seed: int) -> torch.Tensor:
-    """Noise of several sizes, one on the other: like latents of images, most of its energy is in low frequencies."""
+    """Sum noise of several sizes: as in latents of images, most of its energy is in low frequencies."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [min(side, 2**n) for n in range(1, 5)] + [side]
     layers = [torch.randn(count, 4, n, n, generator=generator) for n in sizes]
@@ -104,7 +104,7 @@ def latents(count: int, side: int, seed: int) -> torch.Tensor:
 
 
 def large_set(folder: Path, rows: int, side: int) -> ProtectedSet:
-    """In eight files, which two workers can share evenly; with its indexes, which the first search makes."""
+    """Build a set of eight files, which two workers can share evenly."""
     writer._MAX_SHARD_BYTES = rows * 4 * side * side * 2 // 8
     protected = ProtectedSet.create(folder, LatentSpace(shape=(4, side, side)), torch.float16)
     for first in range(0, rows, rows // 8):
@@ -114,10 +114,10 @@ def large_set(folder: Path, rows: int, side: int) -> ProtectedSet:
 
 
 def searches(protected: ProtectedSet, radius: float, side: int) -> dict[str, float]:
-    """Seconds of a search for images unlike all before, so that all codes are read, and of those a step later each."""
+    """Time a search for images unlike all before, which reads all codes, and those one step later, in seconds."""
     unlike = iter([latents(BATCH, side, -n) for n in range(1, 17)])
     x, y = next(unlike), next(unlike)
-    steps = iter([x + MOVED * n * (y - x) for n in range(17)])
+    steps = iter([x + STEP_SHARE * n * (y - x) for n in range(17)])
     return {
         "first": median_seconds(lambda: protected.within(next(unlike), radius)),
         "later": median_seconds(lambda: protected.within(next(steps), radius), 15),
@@ -136,16 +136,16 @@ def on_ray(workers: int, stored: Path, radius: float, side: int, pictures: Path,
     spread = ClusterSnapshot(stored, manifest, space, workers=workers)
     measured = searches(ProtectedSet(spread), radius, side)
     measured["question"] = median_seconds(lambda: spread._ask_all("count"), 101)
-    # The difference of two jobs is without the time that workers take to load the model.
+    # The difference of two jobs excludes the time in which workers load the model.
     say(f"{workers} of Ray: encode {images} images")
-    few, many = encoding(pictures / "few"), encoding(pictures)
-    measured["encode"] = (many - few) / (images - FEW)
+    short, long = encoding(pictures / "short"), encoding(pictures)
+    measured["encode"] = (long - short) / (images - SHORT_JOB_IMAGES)
     ray.shutdown()
     return measured
 
 
 def encoding(pictures: Path) -> float:
-    """Seconds to read and encode all pictures of a folder."""
+    """Time reading and encoding all pictures of a folder, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         target = ProtectedSet.create(Path(folder, "set"), LatentSpace.of(load("emoji", "cpu")))
         start = time.perf_counter()
@@ -155,10 +155,10 @@ def encoding(pictures: Path) -> float:
 
 def noise_pictures(folder: Path, images: int) -> None:
     rng = np.random.default_rng(0)
-    (folder / "few").mkdir(parents=True)
+    (folder / "short").mkdir(parents=True)
     for i in range(images):
-        place = folder / "few" if i < FEW else folder
-        Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(place / f"{i:06d}.png")
+        target = folder / "short" if i < SHORT_JOB_IMAGES else folder
+        Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(target / f"{i:06d}.png")
 
 
 def measure(rows: int, side: int, images: int, encoded: int, steps: int) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def measure(rows: int, side: int, images: int, encoded: int, steps: int) -> dict
         say(f"a set of {rows} images")
         noise_pictures(pictures, encoded)
         alone = large_set(stored, rows, side)
-        # Just short of the nearest ones, where bounds have the most work and there is nothing to push.
+        # Just below the nearest distance: bounds have the most work there, and no reference is a hit.
         radius = 0.9 * min(alone.nearest(latents(BATCH, side, -n))[0].min().item() for n in range(1, 4))
         say("one process: search")
         measured["alone"] = searches(alone, radius, side)
@@ -177,7 +177,7 @@ def measure(rows: int, side: int, images: int, encoded: int, steps: int) -> dict
             measured[f"ray {workers}"] = on_ray(workers, stored, radius, side, pictures, encoded)
         for name, pattern in (("index", "*.index.safetensors"), ("set", "*")):
             measured[f"{name} bytes"] = sum(file.stat().st_size for file in stored.glob(pattern))
-        assert measured["index bytes"], "too few rows for each worker: such sets are searched in another way"
+        assert measured["index bytes"], "too few rows per worker: such small sets are searched without an index"
     for workers in (1, 2):
         say(f"{workers} of accelerate: generate")
         measured[f"processes {workers}"] = generation(workers, images, steps)
@@ -188,7 +188,7 @@ def measure(rows: int, side: int, images: int, encoded: int, steps: int) -> dict
 
 
 def efficiency(one: float, two: float) -> tuple[float, float]:
-    """Efficiency at two workers, and the serial share s of Amdahl's law, T(w) = T(1) (s + (1 - s)/w)."""
+    """Compute the efficiency at two workers and the serial share s of Amdahl's law, T(w) = T(1) (s + (1 - s)/w)."""
     return one / two / 2, min(1.0, max(0.0, 2 * two / one - 1))
 
 
@@ -214,34 +214,34 @@ def show(measured: dict[str, Any]) -> str:
     rows, dim = m["rows"], m["dim"]
     per_number, per_row = m["alone"]["first"] / rows / dim, m["alone"]["later"] / rows
     question, gather = m["ray 2"]["question"] / 2, m["processes 2"]["gather"]
-    head = m["index bytes"] / rows - dim  # and the few other numbers of each row
-    kept = head + 4 * BATCH + 1  # a float32 per row for each image, and of which step, is what a search remembers
-    more = (m["set bytes"] - m["index bytes"]) / rows - 2 * dim  # ids, digests, norms
+    prefix = m["index bytes"] / rows - dim  # bytes per row, with the other small numbers of each row
+    cached = prefix + 4 * BATCH + 1  # a search caches a float32 per row and image, and the step it belongs to
+    metadata = (m["set bytes"] - m["index bytes"]) / rows - 2 * dim  # ids, digests, norms
     lines += [
         "",
-        f"Measured with {rows:,} latents of {dim:,} numbers and {BATCH} images that search together, on one core: a "
-        f"first step, in which the codes of all rows are read, takes {1e12 * per_number:.0f} ps a stored number; a "
-        f"later one, in which x0 has moved by {MOVED:.0%} and what is remembered rules most rows out, "
-        f"{1e9 * per_row:.0f} ns a row. An answer of an actor takes {1e3 * question:.2f} ms, and handing {BATCH} "
-        f"latents of 16,384 numbers around between two processes {1e3 * gather:.1f} ms. A row takes 2 bytes a number "
-        f"and {more:.0f} more; its index 1 byte a number and {head:.0f} more.",
+        f"Measured on one core with {rows:,} latents of {dim:,} numbers and {BATCH} images per search: a first step, "
+        f"which reads the codes of all rows, takes {1e12 * per_number:.0f} ps per stored number; a later one, in which "
+        f"x0 has moved by {STEP_SHARE:.0%} and cached products rule most rows out, {1e9 * per_row:.0f} ns per row. An "
+        f"actor answers in {1e3 * question:.2f} ms, and two processes gather {BATCH} latents of 16,384 numbers in "
+        f"{1e3 * gather:.1f} ms. A row takes 2 bytes per number and {metadata:.0f} more; its index 1 byte per number "
+        f"and {prefix:.0f} more.",
         "",
-        "| images | latents | disk | memory: codes | memory: heads | machines | network a step | first step | later |",
+        "| images | latents | disk | memory: codes | memory: prefixes | machines | network/step | first step | later |",
         "|---" * 9 + "|",
     ]
     for count in (10**6, 10**8, 10**9):
         for name, dim in SPACES.items():
-            disk, codes, heads = count * (3 * dim + more + head), count * (dim + kept), count * kept
+            disk, codes, prefixes = count * (3 * dim + metadata + prefix), count * (dim + cached), count * cached
             machines = max(1, int(np.ceil(codes / MACHINE["memory"])))
             cores = machines * MACHINE["cores"]
             sent = BATCH * dim * 8 * machines
             fixed = question * cores + sent / MACHINE["network"]
             first = max(count * dim * per_number / cores, codes / machines / MACHINE["bandwidth"]) + fixed
-            later = min(first, max(count * per_row / cores, heads / machines / MACHINE["bandwidth"]) + fixed)
+            later = min(first, max(count * per_row / cores, prefixes / machines / MACHINE["bandwidth"]) + fixed)
             cells = (
                 bytes_(disk),
                 bytes_(codes),
-                bytes_(heads),
+                bytes_(prefixes),
                 f"{machines:,}",
                 bytes_(sent),
                 time_(first),
@@ -253,12 +253,12 @@ def show(measured: dict[str, Any]) -> str:
         f"Assumed: machines with {MACHINE['cores']} cores as fast as this one's, an actor on each, "
         f"{bytes_(MACHINE['memory'])} of memory at {bytes_(MACHINE['bandwidth'])}/s and a network of "
         f"{bytes_(MACHINE['network'])}/s; as many machines as hold all codes in memory. x0 goes as float64 from the "
-        "process that asks to one machine after the other, and it hears one actor after the other. Work is in "
-        "proportion to rows and numbers in a first step and to rows in a later one, where heads have the same size in "
-        "every space; all actors are done at the same time. Hits are few: each costs a read of its row, and a blurred "
-        "x0 within the radius of very many costs far more than a first step. With less memory codes are read from "
-        "disk, which a first step waits for; heads alone are enough for later ones. Efficiency at more workers is "
-        "Amdahl's law, T(w) = T(1) (s + (1 − s)/w), with the serial share s seen at two.",
+        "searching process to one machine after the other, and actors answer it one after the other. The work of a "
+        "first step is proportional to rows and numbers, that of a later step to rows, as prefixes have the same size "
+        "in every space; all actors finish at the same time. Hits are few: each costs a read of its row, and a blurred "
+        "x0 within the radius of very many references costs far more than a first step. With less memory a first step "
+        "waits for codes from disk; later ones need only the prefixes. Efficiency at more workers is Amdahl's law, "
+        "T(w) = T(1) (s + (1 − s)/w), with the serial share s measured at two.",
     ]
     return "\n".join(lines)
 
@@ -274,15 +274,17 @@ def time_(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=65536, help="of the set; with 20,000 or less there is no index")
-    parser.add_argument("--side", type=int, default=32, help="of its latents, which have four channels")
-    parser.add_argument("--images", type=int, default=16, help="of the batch that is generated")
-    parser.add_argument("--encoded", type=int, default=1024, help="images of the longer of the two jobs that encode")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--docs", type=Path, help="a page with a place for the results")
     parser.add_argument(
-        "--measured", type=Path, help="what was measured: read from here, or written if it is not there"
+        "--rows", type=int, default=65536, help="rows of the set; with 20,000 or fewer there is no index"
     )
+    parser.add_argument(
+        "--side", type=int, default=32, help="height and width of its latents, which have four channels"
+    )
+    parser.add_argument("--images", type=int, default=16, help="images in the generated batch")
+    parser.add_argument("--encoded", type=int, default=1024, help="images of the longer of the two encoding jobs")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--docs", type=Path, help="Markdown page whose section `scale` is replaced")
+    parser.add_argument("--measured", type=Path, help="JSON file of measurements: read if it exists, written otherwise")
     parser.add_argument("--process", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:

@@ -1,7 +1,7 @@
-"""Large sets of latents of real images, and queries as a sampler asks them, for `search.py`.
+"""Build large sets of latents of real images, and the queries of a sampler, for `search.py`.
 
 The images are photos of 256×256 pixels, encoded by the tiny autoencoders of public models (`--photos`, `--taesd`). Four
-fifths of the photos are protected; the sampler knows the others only, so that what it makes is new.
+fifths of the photos are protected; the sampler knows only the others, so that its images are new.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 SPACES = {"sd1": 4, "sd3": 16, "flux1": 16}  # channels
 HELD_OUT = 5  # every fifth photo
-SIDE = 32  # of a latent
+SIDE = 32  # height and width of a latent
 STEPS, BATCH = 30, 8
 
 
@@ -33,7 +33,7 @@ def photos(path: Path) -> list[Image.Image]:
 
 
 def encode(images: list[Image.Image], taesd: Path, space: str, size: int) -> Tensor:
-    """(N, C, size/8, size/8) float16, in the sampler's space."""
+    """Encode images as (N, C, size/8, size/8) float16, in the sampler's space."""
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny(latent_channels=SPACES[space]).eval()
@@ -48,16 +48,16 @@ def encode(images: list[Image.Image], taesd: Path, space: str, size: int) -> Ten
     return torch.cat(found).contiguous()
 
 
-def real_latents(folder: Path, given: Path, taesd: Path, space: str, size: int, count: int | None = None) -> Tensor:
-    """`encode` of the first photos, kept in a file."""
+def real_latents(folder: Path, archive: Path, taesd: Path, space: str, size: int, count: int | None = None) -> Tensor:
+    """`encode` the first photos, cached in a file."""
     file = folder / f"{space}-{size}.safetensors"
     if not file.exists():
-        save_file({"latents": encode(photos(given)[:count], taesd, space, size)}, file)
+        save_file({"latents": encode(photos(archive)[:count], taesd, space, size)}, file)
     return load_file(file)["latents"]
 
 
 def windows(latents: Tensor, side: int, step: int = 1) -> Tensor:
-    """Crops (N · n², C, side, side) of latents (N, C, S, S)."""
+    """Crop latents (N, C, S, S) to (N · n², C, side, side)."""
     cut = latents.unfold(2, side, step).unfold(3, side, step)
     return cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
@@ -70,15 +70,15 @@ def protected_part(latents: Tensor) -> Tensor:
     return latents[torch.arange(len(latents)) % HELD_OUT != 0]
 
 
-def large_set(folder: Path, given: Path, taesd: Path, rows: int, step: int = 8192) -> Iterator[Tensor]:
-    """`rows` latents (·, 4, 32, 32) of Stable Diffusion 1 in random order.
+def large_set(folder: Path, archive: Path, taesd: Path, rows: int, step: int = 8192) -> Iterator[Tensor]:
+    """Yield `rows` latents (·, 4, 32, 32) of Stable Diffusion 1 in random order.
 
-    The whole photos and all crops of 256×256 pixels out of the photos at 384×384, as they are and mirrored; what is
-    missing to `rows` are mixtures a z_1 + b z_2 of two of these with a² + b² = 1, which keeps the energy of a latent,
-    and b² up to ½. Crops and mirror images are taken of the latents.
+    They are the whole photos and all crops of 256×256 pixels from the photos at 384×384, plain and mirrored. The rest
+    are mixtures a z_1 + b z_2 of two of these with a² + b² = 1, which keeps the energy of a latent, and b² up to ½.
+    Latents are cropped and mirrored, not pixels.
     """
     generator = torch.Generator().manual_seed(0)
-    parts = [protected_part(real_latents(folder, given, taesd, "sd1", size)) for size in (256, 384)]
+    parts = [protected_part(real_latents(folder, archive, taesd, "sd1", size)) for size in (256, 384)]
     counts = torch.tensor([len(p) * (p.shape[-1] - SIDE + 1) ** 2 for p in parts])
     ends = counts.cumsum(0)
     total = 2 * int(ends[-1])
@@ -89,10 +89,10 @@ def large_set(folder: Path, given: Path, taesd: Path, rows: int, step: int = 819
         result = torch.empty(len(numbers), 4, SIDE, SIDE)
         which = torch.searchsorted(ends, numbers // 2, right=True)
         for n, (view, start) in enumerate(zip(views, ends - counts, strict=True)):
-            own = (which == n).nonzero().flatten()
+            of_part = (which == n).nonzero().flatten()
             across = view.shape[2]
-            place = numbers[own] // 2 - start
-            result[own] = view[place // across**2, :, place // across % across, place % across].float()
+            position = numbers[of_part] // 2 - start
+            result[of_part] = view[position // across**2, :, position // across % across, position % across].float()
         mirrored = numbers % 2 == 1
         result[mirrored] = result[mirrored].flip(3)
         return result
@@ -108,7 +108,7 @@ def large_set(folder: Path, given: Path, taesd: Path, rows: int, step: int = 819
 
 
 class LocalDenoiser:
-    """E[X_0|x_t] where each place of an image knows only its surroundings, and all it has seen are the given images.
+    """Compute E[X_0|x_t] where each pixel sees only a patch around it, for a data set of the given images.
 
     Kamb and Ganguli 2024, "An analytic theory of creativity in convolutional diffusion models", the local score
     machine: each latent pixel is a mean over the same pixel of the images, weighted by how well the patches around it
@@ -124,16 +124,16 @@ class LocalDenoiser:
         width = self.narrowest + round((self.widest - self.narrowest) * t / 2) * 2
         result = []
         for state in x:
-            off = (state - alpha * self.images).square().sum(1, keepdim=True)  # (M, 1, H, W)
-            for sides in ((width, 1), (1, width)):  # sums over the patch around each place
-                off = F.avg_pool2d(off, sides, 1, (sides[0] // 2, sides[1] // 2), divisor_override=1)
-            weight = (-off / (2 * max(sigma, 1e-3) ** 2)).softmax(0)
+            error = (state - alpha * self.images).square().sum(1, keepdim=True)  # (M, 1, H, W)
+            for sides in ((width, 1), (1, width)):  # sums over the patch around each pixel
+                error = F.avg_pool2d(error, sides, 1, (sides[0] // 2, sides[1] // 2), divisor_override=1)
+            weight = (-error / (2 * max(sigma, 1e-3) ** 2)).softmax(0)
             result.append((weight * self.images).sum(0))
         return torch.stack(result)
 
 
 def trajectories(images: Tensor, seeds: int) -> list[dict[str, list]]:
-    """x0 (8, 4, 32, 32) at each of 30 DDIM steps with Stable Diffusion's noise schedule, and the noise levels t."""
+    """Compute x0 (8, 4, 32, 32) and noise level t at each of 30 DDIM steps with Stable Diffusion's noise schedule."""
     from diffusers import DDIMScheduler
 
     denoise = LocalDenoiser(images)

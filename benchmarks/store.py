@@ -1,4 +1,4 @@
-"""The protected set on disk: how fast it is filled, and what it costs to have one open.
+"""Measure how fast a protected set is filled, and what it costs to keep one open.
 
 python benchmarks/store.py protect --images ../shared/data/emoji128.tar   # share of the raw encoder's throughput
 python benchmarks/store.py large           # a million rows: memory, opening, finding, removing
@@ -25,7 +25,7 @@ from shielded.protected import add_images, writer
 
 
 def private() -> float:
-    """MiB of memory that belong to this process alone: what is mapped from files is not among it."""
+    """Measure the memory that belongs to this process alone, in MiB, without mapped files."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 
@@ -54,7 +54,7 @@ def size(folder: Path) -> float:
 
 
 def stable_diffusion_space(device: str) -> LatentSpace:
-    """An autoencoder of Stable Diffusion's size (34 M parameters in the encoder) with random weights, 512 pixels."""
+    """Build an autoencoder of Stable Diffusion's size (34 M parameters in the encoder), random weights, 512 pixels."""
     from diffusers import AutoencoderKL
 
     width = (128, 256, 512, 512)
@@ -69,7 +69,7 @@ def stable_diffusion_space(device: str) -> LatentSpace:
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """JPEG files of 768x576 pixels: smooth colours with some grain, 190 kB each."""
+    """Write JPEG files of 768x576 pixels: smooth colours with some grain, 190 kB each."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def protect(given: str | None, model: str, count: int, device: str, repeats: int
 
 
 def large(rows: int, dim: int, shards: int) -> None:
-    """Few numbers per row, so that what is not latents shows; as many files as with 16,384 numbers."""
+    """Measure a set with few numbers per row, so that ids and digests dominate, and as many files as with 16,384."""
     per_shard = rows // shards
     writer._MAX_SHARD_BYTES = per_shard * dim * 2
     rng = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def large(rows: int, dim: int, shards: int) -> None:
             protected.remove(protected.ids[::100][: rows // 100])
         with timed("add 1 row"):
             protected.add(latents[:1], ["one more"])
-        with timed("all ids and digests, as protect does at its start"):
+        with timed("all ids and digests, as protect reads at its start"):
             known = set(protected.ids), {bytes.fromhex(digest) for digest in protected.sha256 if digest}
         del known
         with timed("verify"):
@@ -169,11 +169,11 @@ def large(rows: int, dim: int, shards: int) -> None:
 
 
 def compare(rows: int, dim: int) -> None:
-    """Write, open, read at random, delete, compact, and one flipped bit."""
+    """Write, open, read at random, delete, compact, and flip one bit."""
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((rows, dim), dtype=np.float32).astype(np.float16)
-    few, many = (np.sort(rng.choice(rows, n, replace=False)) for n in (10, 1000))
-    gone = [f"image {n}" for n in (7, rows // 2)]
+    ten, thousand = (np.sort(rng.choice(rows, n, replace=False)) for n in (10, 1000))
+    deleted = [f"image {n}" for n in (7, rows // 2)]
     with tempfile.TemporaryDirectory() as folder:
         for name, store in (("shards", Shards), ("Lance", Lance)):
             path, before = Path(folder) / name, private()
@@ -182,26 +182,26 @@ def compare(rows: int, dim: int) -> None:
             write = latents.nbytes / 2**20 / (time.perf_counter() - start)
             opening = median_ms(lambda s=store, p=path: s.open(p))
             opened = store.open(path)
-            assert np.array_equal(store.take(opened, few), latents[few])
-            reading = [median_ms(lambda s=store, o=opened, r=r: s.take(o, r)) for r in (few, many)]
-            delete = median_ms(lambda s=store, o=opened: s.delete(o, gone), 1)
+            assert np.array_equal(store.take(opened, ten), latents[ten])
+            reading = [median_ms(lambda s=store, o=opened, r=r: s.take(o, r)) for r in (ten, thousand)]
+            delete = median_ms(lambda s=store, o=opened: s.delete(o, deleted), 1)
             disk = size(path)
             compact = median_ms(lambda s=store, o=opened: s.compact(o), 1)
-            left = latents[7].tobytes() in b"".join(f.read_bytes() for f in path.rglob("*") if f.is_file())
+            remains = latents[7].tobytes() in b"".join(f.read_bytes() for f in path.rglob("*") if f.is_file())
             file = max((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 1
             file.write_bytes(content)
             try:
                 store.check(path)
-                noticed = "not noticed"
+                outcome = "not detected"
             except Exception as error:
-                noticed = f"noticed ({type(error).__name__})"
+                outcome = f"detected ({type(error).__name__})"
             print(
                 f"{name}: write {write:.0f} MiB/s, open {opening:.1f} ms, 10 rows {reading[0]:.2f} ms, 1,000 rows "
                 f"{reading[1]:.1f} ms, delete 2 {delete:.0f} ms, compact {compact / 1e3:.2f} s "
-                f"(vector gone: {not left}), {disk:.0f} MiB on disk, {private() - before:+.0f} MiB private, "
-                f"flipped bit {noticed}"
+                f"(vector erased: {not remains}), {disk:.0f} MiB on disk, {private() - before:+.0f} MiB private, "
+                f"flipped bit {outcome}"
             )
 
 
@@ -274,8 +274,10 @@ class Lance:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["protect", "large", "compare"])
-    parser.add_argument("--images", help="what to protect; default: files that are made up")
-    parser.add_argument("--model", default="emoji", help="as for `shielded protect`; sd: random weights of its size")
+    parser.add_argument("--images", help="images to protect; default: synthetic files")
+    parser.add_argument(
+        "--model", default="emoji", help="as for `shielded protect`; sd: Stable Diffusion's size, random weights"
+    )
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
