@@ -32,3 +32,4 @@ docs: .venv/.developing
 lint: .venv/.developing
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
