@@ -1,4 +1,4 @@
-"""The search of large sets, with its indexes, against brute force in float64."""
+"""Compare every kind of search with brute force in float64."""
 
 import sys
 
@@ -16,7 +16,7 @@ BATCH, STEPS = 6, 8
 
 @pytest.fixture
 def indexed(monkeypatch):
-    """Small sets are searched as large ones are."""
+    """Search small sets through an index."""
     monkeypatch.setattr(choose, "MAX_UNINDEXED_ROWS", 0)
 
 
@@ -25,7 +25,7 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 @pytest.fixture(params=["index", "all", "copy", pytest.param("cuda", marks=NO_CUDA)])
 def device(request, monkeypatch):
-    """Where queries are. A set has an index for them, or all of it is read, or a copy of it lies where they are."""
+    """Choose the kind of search, and return the device of the queries."""
     monkeypatch.setattr(choose, "MAX_UNINDEXED_ROWS", 0)
     if request.param == "all":
         monkeypatch.setattr(choose, "_indexed_search", lambda rows: None)
@@ -141,7 +141,7 @@ def test_less_memory_takes_fewer_queries_at_a_time_and_finds_the_same(indexed, t
 
 
 def test_any_number_of_queries_for_any_number_of_steps(indexed, monkeypatch, tmp_path):
-    monkeypatch.setattr(bounds, "_MAX_CACHED_STEPS", 3)  # earlier queries are soon forgotten
+    monkeypatch.setattr(bounds, "_MAX_CACHED_STEPS", 3)  # earlier queries leave the cache soon
     rng = np.random.default_rng(8)
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace((4, 6, 6)))
     for n in range(3):
@@ -192,7 +192,7 @@ def test_a_search_that_is_broken_off_leaves_nothing_wrong_behind(indexed, monkey
 
 @pytest.mark.parametrize("shape", [(4, 100, 120), (3, 70001)])
 def test_large_latents(indexed, tmp_path, shape):
-    """More numbers than int32 has room for products of, and not a multiple of what is multiplied at once."""
+    """Search latents whose products exceed int32 and whose size is no multiple of a cache line."""
     rng = np.random.default_rng(9)
     protected = ProtectedSet.create(tmp_path / "set", LatentSpace(shape), torch.float16)
     z = np.repeat(10 * rng.uniform(0.9, 1, (8, *shape)), 5, axis=0) + 0.1 * rng.standard_normal((40, *shape))

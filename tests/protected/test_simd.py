@@ -1,4 +1,4 @@
-"""Vector instructions against integers and float64 of NumPy."""
+"""Compare vector instructions with integers and float64 of NumPy."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_bounds_are_what_float64_says():
     common, factor, rho_factor, error_factor = terms.astype(np.float64)
     bounds = expected + factor * products + rho_factor * rho + error_factor * error + common
     limit = (bounds + np.array([1, -1, 1, -1, 1, -1, 1, -1])).astype(np.float32)
-    terms[0, 6:] = np.nan  # what overflowed is a risk, whatever the limit is, and no smallest bound
+    terms[0, 6:] = np.nan  # NaN from an overflow survives any limit and is no smallest bound
     minimum = np.full(8, bounds[2], np.float32)
     bits = run(squared, rho, error, sums, shifts, step, terms, products, limit, partial, lower, minimum)
     assert f"{bits:08b}" == "11010101"

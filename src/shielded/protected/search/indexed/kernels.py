@@ -3,8 +3,8 @@
 A row of codes costs no more than its transfer from memory, if eight queries at a time are multiplied with it by the
 processor's instruction for products of bytes while the next row is prefetched (`simd.py`).
 
-Numba frees an array after its last use, and taking its address is no use. So addresses of arrays that are allocated in
-these functions are taken inside the loops that use them.
+Numba frees an array after its last use, and taking its address does not count as one. So these functions take the
+addresses of arrays that they allocate inside the loops that use them.
 """
 
 from __future__ import annotations
