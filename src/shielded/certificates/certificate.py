@@ -6,7 +6,6 @@ image can write a certificate. `shielded.certificates.verification` computes it 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from shielded import __version__
 from shielded.files import file_sha256, replacing, sha256, write_json
 from shielded.latent_space import to_rgb
 from shielded.protected import ProtectedSet
@@ -73,7 +73,7 @@ class Certificate:
     seed: int | None = None
     model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    package_version: str = importlib.metadata.version("shielded")
+    package_version: str = __version__
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON."""
