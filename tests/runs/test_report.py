@@ -246,7 +246,7 @@ def test_the_file_is_complete_or_untouched(tmp_path, monkeypatch):
 
 
 def test_colours_meet_wcag_aa():
-    css = files("shielded.runs.report").joinpath("page.html").read_text(encoding="utf-8")
+    css = files("shielded.runs.report").joinpath("templates/style.css").read_text(encoding="utf-8")
     themes = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     assert len(themes) == 2
 

@@ -11,7 +11,7 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from shielded.runs.report.rows import Diversity, Picture, Row, by_prompt, number
+from shielded.runs.report.rows import Diversity, Figure, Row, by_prompt, number
 
 PAPER, INK, MUTED, HAIRLINE, WARNING = "#ffffff", "#1d2126", "#5b636d", "#d9dce0", "#a8430f"
 MARGIN, GAP, LABEL = 28, 14, 132  # pixels: outer margin, space between pictures, width of the label column
@@ -41,7 +41,7 @@ def protection_grid(rows: Sequence[Row], radius: float | None = None) -> Image.I
         without, with_, *_ = zip(*(row.pictures for row in group), strict=False)
         lines = [_Line("without SPELL", without), _Line("with SPELL", with_)]
         if any(row.protected for row in group):
-            lines.append(_Line("nearest protected image", [Picture("", row.protected) for row in group]))
+            lines.append(_Line("nearest protected image", [Figure("", row.protected) for row in group]))
         blocks.append(_block(prompt, note, [r.seed for r in group], lines, cell))
     return _flow(blocks, LABEL + COLUMNS * (cell[0] + GAP))
 
@@ -50,8 +50,8 @@ def diversity_grid(diversity: Diversity) -> Image.Image:
     """Draw the batch of the model alone above the batch with SPELL, with their Vendi scores; RGB on white."""
     d = diversity
     lines = [
-        _Line(f"without SPELL Vendi {number(d.vendi_without)}", [Picture("", image) for image in d.without]),
-        _Line(f"with SPELL Vendi {number(d.vendi_with)}", [Picture("", image) for image in d.with_]),
+        _Line(f"without SPELL Vendi {number(d.vendi_without)}", [Figure("", image) for image in d.without]),
+        _Line(f"with SPELL Vendi {number(d.vendi_with)}", [Figure("", image) for image in d.with_]),
     ]
     cell = _cell_size([*d.without, *d.with_])
     note = f"radius {number(d.radius)} between the images"
@@ -81,7 +81,7 @@ def stack(images: Sequence[Image.Image]) -> Image.Image:
 @dataclass(frozen=True)
 class _Line:
     label: str
-    pictures: Sequence[Picture]
+    pictures: Sequence[Figure]
 
     @property
     def height(self) -> int:
@@ -116,7 +116,7 @@ def _block(heading: str, note: str, seeds: Sequence[int], lines: Sequence[_Line]
     return sheet
 
 
-def _picture(sheet: Image.Image, corner: tuple[int, int], picture: Picture, cell: tuple[int, int]) -> None:
+def _picture(sheet: Image.Image, corner: tuple[int, int], picture: Figure, cell: tuple[int, int]) -> None:
     left, top = corner
     draw = ImageDraw.Draw(sheet)
     if picture.image is not None:

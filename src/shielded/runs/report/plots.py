@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import TypeGuard
+
+from markupsafe import escape
 
 from shielded.runs.report.rows import Row, by_prompt, number
 

@@ -11,7 +11,7 @@ from shielded.certificates.certificate import Certificate
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """One picture as grid and page show it.
 
     Args:
@@ -66,15 +66,15 @@ class Row:
         return None if self.certificate_with is None else self.certificate_with.nearest_distance
 
     @property
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[Figure]:
         """The pictures of this seed from top to bottom."""
         refused = "refused" if self.with_ is None else ""
         before, after = self.certificate_without, self.certificate_with
         pictures = [
-            Picture("without SPELL", self.without, caption(before), _leaked(before)),
-            Picture("with SPELL", self.with_, refused or caption(after), _leaked(after)),
+            Figure("without SPELL", self.without, caption(before), _leaked(before)),
+            Figure("with SPELL", self.with_, refused or caption(after), _leaked(after)),
         ]
-        return pictures if self.protected is None else [*pictures, Picture("nearest protected", self.protected)]
+        return pictures if self.protected is None else [*pictures, Figure("nearest protected", self.protected)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""Content of the page's sections, in reading order: plain text, numbers and pictures; the template places them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+from PIL import Image
+
+from shielded.runs.report.plots import distance_plot, known, trace_plot
+from shielded.runs.report.rows import Diversity, Figure, Row, by_prompt, number
+from shielded.runs.report.script import script_of
+from shielded.runs.report.summary import count
+
+_MAX_EMBEDDED_PIXELS = 512  # longer side: larger pictures are scaled down, so that the page stays a few megabytes
+_MAX_LOSSLESS_PIXELS = 128  # longer side
+_NUMERIC = ["Distance", "Encoded again", "Radius", "Distance / radius", "Attempts"]
+_COLUMNS = ["Image", "Result", *_NUMERIC, "Repair", "Nearest protected", "SHA-256"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page.
+
+    Args:
+        name: anchor, and name of the macro that draws it.
+        heading: title.
+        content: argument of the macro.
+    """
+
+    name: str
+    heading: str
+    content: object
+
+
+def sections_of(
+    report: Mapping,
+    rows: Sequence[Row],
+    diversity: Diversity | None,
+    trace: Sequence[Mapping],
+    settings: Mapping[str, object],
+    made_with: Mapping[str, object],
+) -> list[Section]:
+    """List the sections that have content; the arguments are those of `write_report`."""
+    sections = [
+        Section("pictures", "Pictures", _pictures(report, rows)),
+        Section("distances", "Distances", _distances(report, rows)),
+        Section("diversity", "Diversity", _diversity(diversity)),
+        Section("sampling", "While sampling", _sampling(trace)),
+        Section("guarantee", "What is guaranteed", _guaranteed(report)),
+        Section("refused", "Refused", _refused(report.get("refused") or ())),
+        Section("certificates", "Certificates", _certificates(report)),
+        Section("settings", "Settings", script_of(report, rows, settings, made_with) if settings else None),
+    ]
+    return [section for section in sections if section.content]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sections. Each returns an empty value when it has nothing to show.
+
+
+def _pictures(report: Mapping, rows: Sequence[Row]) -> dict[str, object]:
+    if not rows:
+        return {}
+    radius = report.get("radius")
+    text = "Same prompt, same seed: the upper picture is the model's own, the lower one is made with SPELL."
+    if any(known(row.distance_without) or known(row.distance_with) for row in rows):
+        text += " The number is the distance to the nearest protected image"
+        text += "." if radius is None else f"; below {number(radius)} it lies inside a shield."
+    galleries = [
+        _gallery(prompt, [(row.seed, row.pictures) for row in group], group[0].without)
+        for prompt, group in by_prompt(rows).items()
+    ]
+    return {"text": text, "galleries": galleries}
+
+
+def _distances(report: Mapping, rows: Sequence[Row]) -> dict[str, object]:
+    plot = distance_plot(rows, report.get("radius"))
+    return {"plot": Markup(plot), "shaded": report.get("radius") is not None} if plot else {}
+
+
+def _diversity(diversity: Diversity | None) -> dict[str, object]:
+    if diversity is None:
+        return {}
+    d = diversity
+    figures = [
+        (seed, [Figure("without SPELL", before), Figure("with SPELL", after)])
+        for seed, before, after in zip(d.seeds, d.without, d.with_, strict=True)
+    ]
+    return {
+        "text": f"One batch of {count(len(d.seeds), 'image')}. With SPELL the images of a batch push each other away "
+        f"while they are closer than {number(d.radius)}.",
+        "vendi_without": number(d.vendi_without),
+        "vendi_with": number(d.vendi_with),
+        "images": len(d.seeds),
+        "gallery": _gallery(d.prompt, figures, d.without[0]),
+    }
+
+
+def _sampling(trace: Sequence[Mapping]) -> dict[str, object]:
+    plot = trace_plot(trace)
+    if not plot:
+        return {}
+    active = [row["active"] for row in trace if known(row.get("active"))]
+    text = (
+        "At every step the model predicts the finished image. Where that prediction lies inside a shield, SPELL pushes "
+        "it out of it; where it does not, SPELL changes nothing."
+    )
+    if active and not any(active):
+        text += " In this run no shield was ever active."
+    elif active:
+        share = sum(a > 0 for a in active) / len(active)
+        text += f" In this run a shield was active in {share:.0%} of all predictions."
+    return {"text": text, "plot": Markup(plot)}
+
+
+def _guaranteed(report: Mapping) -> bool:
+    return report.get("leaks_with") is not None or bool(report.get("certificates"))
+
+
+def _refused(refused: Sequence[Mapping]) -> list[dict[str, str]]:
+    return [{key: _text(entry.get(key)) for key in ("prompt", "seed", "reason")} for entry in refused]
+
+
+def _certificates(report: Mapping) -> dict[str, object]:
+    certificates = report.get("certificates")
+    if not certificates:
+        return {}
+    sets = dict.fromkeys((c.get("protected_set"), c.get("protected_version")) for c in certificates)
+    repairs = [
+        f"{count(report[key], 'image')} {how}"
+        for key, how in (("restarted", "left a shield by sampling again"), ("pushed", "by a push at the end"))
+        if report.get(key)
+    ]
+    return {
+        "sets": [{"name": name, "version": version} for name, version in sets if name is not None],
+        "repairs": f"{', '.join(repairs)}." if repairs else "",
+        "columns": [{"heading": heading, "numeric": heading in _NUMERIC} for heading in _COLUMNS],
+        "certificates": [_certificate(c) for c in certificates],
+    }
+
+
+def _certificate(c: Mapping) -> dict[str, object]:
+    distance, radius, inside, sha256 = (c.get(key) for key in ("nearest_distance", "radius", "inside", "sha256"))
+    lengths = ["–" if length is None else number(length) for length in (distance, c.get("decoded_distance"), radius)]
+    ratio = f"{distance / radius:.3f}" if known(distance) and radius else "–"
+    return {
+        "image": _text(c.get("image")),
+        "inside": bool(inside),
+        "result": "not measured" if inside is None else "outside",
+        "numbers": [*lengths, ratio, _text(c.get("attempts"))],
+        "repair": _text(c.get("repair")),
+        "nearest": _text(c.get("nearest_id")),
+        "sha256": f"{sha256[:12]}…" if sha256 else "",
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pieces.
+
+
+def _gallery(prompt: str, figures: Sequence[tuple[int, Sequence[Figure]]], example: Image.Image) -> dict[str, object]:
+    cards = [{"seed": seed, "figures": [_figure(f, prompt, seed) for f in group]} for seed, group in figures]
+    # At most four or large pictures get more room; eight small ones fit next to each other on a wide screen.
+    return {"prompt": prompt, "cell": 208 if len(cards) <= 4 or max(example.size) > 128 else 120, "cards": cards}
+
+
+def _figure(figure: Figure, prompt: str, seed: int) -> dict[str, object]:
+    image = None if figure.image is None else _embedded(figure.image, f"{prompt}, seed {seed}, {figure.label}")
+    return {"image": image, "label": figure.label, "caption": figure.caption, "inside": figure.inside}
+
+
+def _embedded(image: Image.Image, alt: str) -> dict[str, object]:
+    image = image.convert("RGBA" if image.mode in ("RGBA", "LA", "P", "PA") else "RGB")
+    image.thumbnail((_MAX_EMBEDDED_PIXELS, _MAX_EMBEDDED_PIXELS), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=max(image.size) <= _MAX_LOSSLESS_PIXELS, quality=90)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"alt": alt, "width": image.width, "height": image.height, "source": f"data:image/webp;base64,{data}"}
+
+
+def _text(value: object) -> str:
+    return "–" if value is None else str(value)
