@@ -318,6 +318,13 @@ def test_distance_plot_places_points_on_the_axis():
         assert text in svg.text
 
 
+def test_distance_plot_marks_what_its_certificate_calls_inside():
+    leak = certificate(16.25, decoded_id="heart_7", decoded_distance=15.5, inside=True)
+    row = make_rows(1, distance_without=20.0, distance_with=None, certificate_with=leak)[0]
+    before, after = Page(distance_plot([row], radius=16.0)).all("circle")
+    assert (before["class"], after["class"]) == ("before", "after is-inside")
+
+
 def test_distance_plot_without_values():
     assert distance_plot([], 3.0) == ""
     assert distance_plot(make_rows(2, distance_without=None, distance_with=math.inf), 3.0) == ""

@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 from markupsafe import escape
 
+from shielded.certificates.certificate import Certificate
 from shielded.runs.report.rows import Row, by_prompt, number
 
 
@@ -91,11 +92,11 @@ def known(value: float | None) -> TypeGuard[float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Parts.
+# Elements of the plots.
 
 
 def _round_up(value: float) -> float:
-    """The end of an axis: the next 1, 2, 2.5, 4, 5 or 8 times a power of ten."""
+    """Round up to the end of an axis: the next 1, 2, 2.5, 4, 5 or 8 times a power of ten."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -128,14 +129,21 @@ def _dumbbell(row: Row, x: Callable[[float], float], y: float) -> str:
     if known(before) and known(after):
         marks.append(f'<line class="link" x1="{x(before):.2f}%" x2="{x(after):.2f}%" y1="{y + 26}" y2="{y + 26}"/>')
     if known(before):
-        marks.append(f'<circle class="before" cx="{x(before):.2f}%" cy="{y + 26}" r="6"/>')
+        inside = _inside_class(row.certificate_without)
+        marks.append(f'<circle class="before{inside}" cx="{x(before):.2f}%" cy="{y + 26}" r="6"/>')
     if known(after):
-        marks.append(f'<circle class="after" cx="{x(after):.2f}%" cy="{y + 26}" r="4.5"/>')
+        inside = _inside_class(row.certificate_with)
+        marks.append(f'<circle class="after{inside}" cx="{x(after):.2f}%" cy="{y + 26}" r="4.5"/>')
     return "\n".join(marks)
 
 
+def _inside_class(certificate: Certificate | None) -> str:
+    """Mark an image as its certificate does: one that leaked only once decoded is drawn outside the shaded zone."""
+    return " is-inside" if certificate is not None and certificate.inside else ""
+
+
 def _aggregate(trace: Sequence[Mapping], key: str) -> list[tuple[float, float, float, float]]:
-    """Per noise level, from 1 to 0: (level, mean, least, most) over the images."""
+    """Return (level, mean, least, most) over the images for each noise level, from 1 to 0."""
     levels: dict[float, list[float]] = {}
     for row in trace:
         if known(row.get(key)):
