@@ -1,4 +1,4 @@
-"""How the studio looks: one gradio page around a `Session` for each visitor."""
+"""The studio's gradio page, with a `Session` for each visitor."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LAUNCH = {"css": _CSS, "max_file_size": "20mb", "share": False, "footer_links": 
 
 
 def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
-        model: as `shielded.models.load` takes it; loaded once, for all visitors.
-        device: where it runs.
+        model: argument of `shielded.models.load`; loaded once, for all visitors.
+        device: device of the model.
     """
     pipe = load(model, device)
     preset = preset_of(model)
@@ -44,7 +44,7 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
     space = LatentSpace.of(pipe)
     running = threading.Lock()  # one model, one sampling at a time
 
-    def own(session: Session | None) -> Session:
+    def opened(session: Session | None) -> Session:
         return session or Session(pipe, model, options)
 
     def effect(radius: float, strength: float, end: float) -> str:
@@ -56,36 +56,36 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
         )
 
     def protect(session: Session | None, files: list[str] | None) -> tuple[Any, ...]:
-        session = own(session)
-        return _told(session, lambda: session.protect_files([_uploaded(file) for file in files or []]))
+        session = opened(session)
+        return _protection(session, lambda: session.protect_files([_uploaded(file) for file in files or []]))
 
     def protect_result(session: Session | None) -> tuple[Any, ...]:
-        session = own(session)
-        return _told(session, session.protect_result)
+        session = opened(session)
+        return _protection(session, session.protect_result)
 
     def clear(session: Session | None) -> tuple[Any, ...]:
-        session = own(session)
+        session = opened(session)
         session.clear()
-        return _told(session, lambda: "nothing is protected.")
+        return _protection(session, lambda: "nothing is protected.")
 
     def forget(session: Session | None) -> tuple[Session, str]:
-        session = own(session)
+        session = opened(session)
         session.forget()
         return session, _memory(session)
 
     def run(session: Session | None, *values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
-        session = own(session)
+        session = opened(session)
         text, n, seed, steps, *rest = values
         settings = Settings(text, int(n), int(seed), int(steps), *rest)
         progress(0, desc="waiting for the model")
         with running:
             try:
-                made = session.generate(
+                result = session.generate(
                     settings, lambda done, steps, what: progress((done, steps), desc=what, unit="steps")
                 )
             except ValueError as error:
                 raise gr.Error(str(error), duration=None, print_exception=False) from None
-        return session, *_shown(made, settings), _memory(session)
+        return session, *_shown(result, settings), _memory(session)
 
     gallery = {
         "columns": 2,
@@ -122,7 +122,7 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
                     radius = gr.Slider(0.1, 1.2, 0.5, step=0.01, label="Radius, per √dim")
                     strength = gr.Slider(1.0, 2.5, 1.6, step=0.1, label="Overcompensation λ")
                     end = gr.Slider(0.0, 0.9, 0.0, step=0.05, label="Act until noise level (0: to the end)")
-                    told = gr.Markdown(effect(0.5, 1.6, 0.0), elem_id="effect")
+                    effect_text = gr.Markdown(effect(0.5, 1.6, 0.0), elem_id="effect")
                     steps = gr.Slider(4, 60, preset.steps, step=1, label="Steps")
             with gr.Column(scale=2, min_width=320):
                 go = gr.Button("Generate", variant="primary")
@@ -139,7 +139,7 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
         clear_set.click(clear, session, protected)
         forget_all.click(forget, session, [session, memory])
         for slider in (radius, strength, end):
-            slider.change(effect, [radius, strength, end], told, show_progress="hidden")
+            slider.change(effect, [radius, strength, end], effect_text, show_progress="hidden")
         inputs = [session, prompt, n, seed, steps, radius, strength, end, apart, remember]
         outputs = [session, summary, without, with_, table, plot, archive, memory]
         gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)
@@ -147,27 +147,27 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
 
 
 def serve(model: str = DEFAULT_MODEL, port: int = 7860, host: str = "127.0.0.1", device: str | None = None) -> None:
-    """Show the page until it is interrupted.
+    """Serve the page until interrupted.
 
     Args:
-        model: as `shielded.models.load` takes it.
-        port: of the page.
+        model: argument of `shielded.models.load`.
+        port: port of the page.
         host: address to listen on; 127.0.0.1 is this machine alone.
-        device: where the model runs.
+        device: device of the model.
     """
     build(model, device).queue().launch(server_name=host, server_port=port, **LAUNCH)
 
 
 def _uploaded(file: str) -> str:
-    """Only what was uploaded is ever opened: a request may name any path."""
+    """Return the path of an uploaded file; a request may name any path, and others are refused."""
     path = Path(file).resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
         raise ValueError("only uploaded files can be protected.")
     return str(path)
 
 
-def _told(session: Session, action: Any) -> tuple[Any, ...]:
-    """What is protected now, and what the action says; its errors are shown where the pictures are."""
+def _protection(session: Session, action: Any) -> tuple[Any, ...]:
+    """Run an action and return the protected pictures with its message; errors are shown next to the pictures."""
     try:
         message = action()
     except ValueError as error:
@@ -183,14 +183,14 @@ def _memory(session: Session) -> str:
     return f"{count} earlier images are remembered." if count else "No earlier images."
 
 
-def _shown(made: Result, settings: Settings) -> tuple[Any, ...]:
+def _shown(result: Result, settings: Settings) -> tuple[Any, ...]:
     names = [f"seed {settings.seed + i}" for i in range(settings.n)]
-    kept = [(image, name) for image, name in zip(made.shielded, names, strict=True) if image is not None]
+    kept = [(image, name) for image, name in zip(result.shielded, names, strict=True) if image is not None]
     return (
-        made.summary,
-        list(zip(made.plain, names, strict=True)),
+        result.summary,
+        list(zip(result.plain, names, strict=True)),
         kept,
-        made.rows,
-        trace_plot(made.trace),
-        str(made.archive),
+        result.rows,
+        trace_plot(result.trace),
+        str(result.archive),
     )
