@@ -1,4 +1,4 @@
-"""The command line, a file per command. Commands import what they need when they run, so that help is immediate."""
+"""Command line, one module per command; commands import their dependencies when they run, to keep help fast."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from typing import Annotated
 import typer
 
 from shielded import __version__
-from shielded.cli import settings
-from shielded.cli.calibrate import calibrate
-from shielded.cli.demo import demo
-from shielded.cli.evaluate import evaluate
-from shielded.cli.generate import generate
-from shielded.cli.protect import protect
-from shielded.cli.reproduce import reproduce
-from shielded.cli.studio import studio
-from shielded.cli.verify import verify
+from shielded.cli import calibrate, demo, evaluate, generate, protect, reproduce, settings, studio, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,7 +15,16 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help takes two thirds of the lines
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, protect, generate, verify, calibrate, evaluate, reproduce, studio):
+for command in (
+    demo.demo,
+    protect.protect,
+    generate.generate,
+    verify.verify,
+    calibrate.calibrate,
+    evaluate.evaluate,
+    reproduce.reproduce,
+    studio.studio,
+):
     app.command()(command)
 
 
@@ -43,7 +44,7 @@ def program(
 ) -> None:
     """Keep diffusion models away from protected images, and make their outputs differ.
 
-    Options that you use often can stand in a file, shielded.toml.
+    Set defaults for options in a file, shielded.toml.
     """
     settings.used = None if context.resilient_parsing else settings.find()
     if settings.used is not None:

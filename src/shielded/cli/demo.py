@@ -29,7 +29,7 @@ from shielded.cli.options import (
 def demo(
     out: Out = Path("demo"),
     radius: Annotated[
-        float | None, typer.Option(metavar="R", callback=positive, help="Of the shields, L2 in the latent space.")
+        float | None, typer.Option(metavar="R", callback=positive, help="Shield radius (latent L2).")
     ] = None,
     seed: Seed = 0,
     steps: Steps = 25,
@@ -41,7 +41,7 @@ def demo(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Protect what the embedded model makes, then generate with the same seeds again.
+    """Protect images of the embedded model, then generate with the same seeds again.
 
     Example: shielded demo --out demo
     """

@@ -30,14 +30,16 @@ from shielded.models import DEFAULT_MODEL
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    prompt: Annotated[str, typer.Argument(help="Prompt of the images.")],
     out: Out = Path("images"),
     model: Model = DEFAULT_MODEL,
-    protect: Annotated[Path | None, typer.Option(metavar="SET", help="A protected set to keep away from.")] = None,
+    protect: Annotated[Path | None, typer.Option(metavar="SET", help="Protected set to keep away from.")] = None,
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Number of images.")] = 4,
     radius: Annotated[
         float | None,
-        typer.Option(metavar="R", callback=positive, help="L2 of latents; default: the set's, else the model's."),
+        typer.Option(
+            metavar="R", callback=positive, help="Radius (latent L2); default: the set's or model's."
+        ),
     ] = None,
     seed: Seed = 0,
     steps: OwnSteps = None,
@@ -72,7 +74,7 @@ def generate(
     """
     with errors(debug):
         if calibration is not None and radius_schedule != "posterior":
-            raise UsageError("--calibration is of the posterior radius; add --radius-schedule posterior.")
+            raise UsageError("--calibration needs the posterior radius; add --radius-schedule posterior.")
         if show_protected and protect is None:
             raise UsageError("--show-protected shows what is in a protected set; give one with --protect.")
         check_out(out, overwrite)

@@ -1,4 +1,4 @@
-"""What the commands share: options, checks of what was asked for, and errors as one sentence."""
+"""Options, checks and one-sentence errors that the commands share."""
 
 from __future__ import annotations
 
@@ -44,54 +44,56 @@ def _device(name: str | None) -> str | None:
 
 
 def positive(value: float | None) -> float | None:
-    """For options that are lengths or factors."""
+    """Refuse a length or factor that is not positive."""
     if value is not None and not 0 < value < float("inf"):
         raise typer.BadParameter(f"must be positive and finite, such as 10, not {value:g}.")
     return value
 
 
-Model = Annotated[str, typer.Option(metavar="MODEL", help="A name, a pipeline folder, or owner/name.", callback=_known)]
+Model = Annotated[
+    str, typer.Option(metavar="MODEL", help="Preset name, pipeline folder, or owner/name.", callback=_known)
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Added to all seeds.", callback=_seed)]
-Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the sampler.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Offset added to all seeds.", callback=_seed)]
+Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Number of sampling steps.")]
 OwnSteps = Annotated[
-    int | None, typer.Option("--steps", metavar="N", min=1, help="Steps of the sampler; default: the model's, else 25.")
+    int | None, typer.Option("--steps", metavar="N", min=1, help="Sampling steps; default: the model's, else 25.")
 ]
 Strength = Annotated[
-    float, typer.Option("--overcompensation", metavar="X", help="λ, multiplies the correction.", callback=positive)
+    float, typer.Option("--overcompensation", metavar="X", help="Factor λ of the correction.", callback=positive)
 ]
 OwnStrength = Annotated[
     float | None,
-    typer.Option("--overcompensation", metavar="X", help="λ; default: 1.6, without a set 5.", callback=positive),
+    typer.Option("--overcompensation", metavar="X", help="Factor λ; default: 1.6, without a set 5.", callback=positive),
 ]
 OnLeak = Annotated[
     Literal["restart", "push", "refuse", "report"],
     typer.Option(
         metavar="HOW",
-        help="If still inside: restart, push, refuse or report.",
+        help="For leaks: restart, push, refuse or report.",
     ),
 ]
-Attempts = Annotated[int, typer.Option(metavar="N", min=1, help="How often an image is sampled at most.")]
+Attempts = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of samplings per image.")]
 Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default: CUDA if there.", callback=_device)
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default: CUDA if available.", callback=_device)
 ]
 Features = Annotated[
     Literal["emoji", "clip", "dinov2", "inception"],
     typer.Option(metavar="NAME", help="emoji (the embedded encoder), clip, dinov2 or inception (then Fréchet is FID)."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", metavar="", help="JSON instead of a summary and progress.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of a summary and progress.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace the results of an earlier run.")]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks.")]
 
 
 class UsageError(ValueError):
-    """What was asked for does not make sense; exit code 2."""
+    """Arguments that cannot be used; exit code 2."""
 
 
 class errors:
     """Turn exceptions into one sentence and an exit code: 2 for bad usage, 1 for a failed run.
 
-    A file, folder or protected set that is not there was asked for by somebody, so it is bad usage.
+    A missing file, folder or protected set was named by the user, so it counts as bad usage.
     """
 
     def __init__(self, debug: bool) -> None:
@@ -116,7 +118,7 @@ _EXPECTED = ValueError, TypeError, RuntimeError, OSError, KeyError, ImportError
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What became of the work so far."""
+    """Return the notes of an error, which say what was kept of the unfinished work."""
     return getattr(error, "__notes__", [])
 
 
@@ -145,7 +147,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def why(reason: str) -> str:
-    """Why a picture could not be read; Pillow names the memory that it was in."""
+    """Say why a picture could not be read; Pillow's own message names a memory address."""
     return "not a picture that can be read" if "cannot identify" in reason else reason
 
 
@@ -154,7 +156,7 @@ def show(result: dict[str, Any], as_json: bool, summary: str) -> None:
 
 
 def repairs(report: dict[str, Any]) -> list[str]:
-    """What had to be repaired or refused, for the summary of a run."""
+    """List repaired and refused images for the summary of a run."""
     lines = []
     if report["restarted"] or report["pushed"]:
         lines.append(

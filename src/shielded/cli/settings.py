@@ -1,4 +1,4 @@
-"""Options that are used often, from a TOML file; what is given on the command line counts first."""
+"""Defaults of options from a TOML file; the command line takes precedence."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from typing import Any
 import typer
 
 NAME = "shielded.toml"
-_NEVER = {"help", "overwrite", "remove", "compact"}  # what deletes something is asked for each time
+_COMMAND_LINE_ONLY = {"help", "overwrite", "remove", "compact"}  # deletions are confirmed for each run
 
-used: Path | None = None  # the file that the running command looked into
+used: Path | None = None  # file that gave defaults to the running command
 
 
 class SettingsError(ValueError):
-    """The file cannot be used as it is."""
+    """Settings file with unknown names or unusable values."""
 
 
 def find() -> Path | None:
-    """The settings file of the working folder or else of the user's configuration folder."""
+    """Find the settings file in the working folder, else in the user's configuration folder."""
     folders = Path(), Path(typer.get_app_dir("shielded"))
     return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
 
 
 def read(path: Path, context: typer.Context, commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each command.
+    """Read the defaults of each command.
 
-    Options outside of tables are of every command that has them, and a table with a command's name is of that alone.
+    Options outside of tables apply to every command that has them; a table with a command's name applies to it alone.
 
     Args:
-        path: the file.
-        context: of the program.
-        commands: by name.
+        path: TOML file.
+        context: context of the program.
+        commands: commands by name.
 
     Returns:
-        a dictionary for each command, as `Context.default_map` takes it.
+        A dictionary per command, as `Context.default_map` takes it.
 
     Raises:
-        SettingsError: it is not TOML, has unknown names, or a value that the option does not take.
+        SettingsError: the file is not TOML, has unknown names, or a value that the option refuses.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -66,24 +66,24 @@ def read(path: Path, context: typer.Context, commands: dict[str, Any]) -> dict[s
 
 
 def _options(command: Any) -> dict[str, Any]:
-    """The options of a command by their long name, or the short one if there is no other, without dashes."""
+    """Map the options of a command by their long name, else the short one, without dashes."""
     options = {}
     for parameter in command.params:
         name = max(parameter.opts, key=len).lstrip("-")
-        if parameter.param_type_name == "option" and name not in _NEVER:
+        if parameter.param_type_name == "option" and name not in _COMMAND_LINE_ONLY:
             options[name] = parameter
     return options
 
 
 def _meant(given: str, known: Iterable[str]) -> str:
-    if given in _NEVER:
+    if given in _COMMAND_LINE_ONLY:
         return "; give it on the command line."
     close = difflib.get_close_matches(given.replace("_", "-"), sorted(known), 1)
     return f"; did you mean {close[0]!r}?" if close else "; options are called as on the command line, without dashes."
 
 
 def _checked(path: Path, context: typer.Context, option: Any, key: str, value: Any) -> Any:
-    """The value, as if it had been typed."""
+    """Return the value as the command line would give it."""
     if option.is_flag:
         if not isinstance(value, bool):
             raise SettingsError(f"{path}: {key} is switched on and off by true and false, not {value!r}.")
