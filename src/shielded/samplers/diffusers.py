@@ -7,12 +7,13 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from shielded.samplers.coefficients import bounded_x0, family_of, last_index, position_of, step_state
+from shielded.samplers.coefficients import State, bounded_x0, family_of, last_index, position_of, step_state
+from shielded.samplers.guidance import Guidance
 
 
 class Correction(Protocol):
@@ -34,8 +35,25 @@ class Correction(Protocol):
         ...
 
 
+class Releasing(Correction, Protocol):
+    """A correction that also lets guidance go, for the images whose guided x0 lies in a shield."""
+
+    release_scale: float
+    guidance: str | None
+
+    def __call__(
+        self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool, released: Tensor | None = None
+    ) -> Tensor:
+        """Compute the correction as above; `released` (B,) bool marks rows of x0 without their guidance."""
+        ...
+
+    def colliding(self, x0: Tensor, *, alpha: float, sigma: float, last: bool) -> Tensor | None:
+        """Find the rows (B,) of the guided x0 (B, *S) whose guidance is to be released; None: no row."""
+        ...
+
+
 @contextlib.contextmanager
-def attach(pipe: Any, correct: Correction) -> Iterator[None]:
+def attach(pipe: Any, correct: Correction | Releasing) -> Iterator[None]:
     """Add a correction to x0 at every step that `pipe.scheduler` takes inside the context.
 
     The predicted noise or velocity is changed such that the scheduler itself derives x0 + correction, and its own step
@@ -49,7 +67,8 @@ def attach(pipe: Any, correct: Correction) -> Iterator[None]:
         pipe: any object with a supported `.scheduler`.
         correct: called with x0, noise (B, *S), alpha, sigma and last; see `Correction`. `last` is true where the
             timestep is the last one of the schedule. `start` is called before the first step of each trajectory and
-            `finish` after the last one; a trajectory that stops early is not finished.
+            `finish` after the last one; a trajectory that stops early is not finished. Where it has a method
+            `colliding`, guidance is released in the rows that it names; see `Releasing`.
 
     Raises:
         TypeError: `pipe` has no scheduler, or one that does not predict an x0 to correct.
@@ -69,19 +88,22 @@ def attach(pipe: Any, correct: Correction) -> Iterator[None]:
     if getattr(before, "attached_to", None) is scheduler:
         raise RuntimeError("the scheduler is already attached to; leave the first context, or use one Spell for both.")
 
-    if any(cls.__name__ == "DiTPipeline" for cls in type(pipe).__mro__):
-        correct = _OncePerImage(correct)
-    run = _Run(scheduler, correct)
+    twice = any(cls.__name__ == "DiTPipeline" for cls in type(pipe).__mro__)
+    guidance = Guidance(pipe, twice) if hasattr(correct, "colliding") else None
+    run = _Run(scheduler, _OncePerImage(correct) if twice else correct, guidance)
     step = types.MethodType(_corrected_step(run), scheduler)
     scheduler.step = step
     try:
-        yield
+        with contextlib.nullcontext() if guidance is None else guidance.watch():
+            yield
         exchanged = pipe.scheduler is not scheduler or vars(scheduler).get("step") is not step
     finally:
         if before is None:
             vars(scheduler).pop("step", None)
         else:
             scheduler.step = before
+        if guidance is not None:
+            cast("Releasing", correct).guidance = guidance.way
     # Only reached without an exception in flight, which these must not mask.
     if exchanged:
         raise RuntimeError(
@@ -107,6 +129,8 @@ def _corrected_step(run: _Run) -> Any:
         position = run.advance(timestep)
         corrected = run.corrected(model_output, timestep, sample, position)
         result = plain(corrected, timestep, sample, *args, **kwargs)
+        if run.guidance is not None:
+            run.guidance.forget()
         if position == run.last:
             result = _with_sample(result, run.correct.finish(result[0]))
         return result
@@ -118,9 +142,10 @@ def _corrected_step(run: _Run) -> Any:
 class _Run:
     """The position of the attached scheduler in its trajectory."""
 
-    def __init__(self, scheduler: Any, correct: Correction) -> None:
+    def __init__(self, scheduler: Any, correct: Any, guidance: Guidance | None) -> None:
         self.scheduler = scheduler
         self.correct = correct
+        self.guidance = guidance
         self.stepped = False
         self.timesteps: Any = None
         self.position = self.last = -1
@@ -143,11 +168,18 @@ class _Run:
         if state.b == 0:
             return model_output  # x0 does not depend on the model here, so no model output can move it
         prediction, variance = _split_variance(model_output, sample)
-        raw = state.a * sample.float() + state.b * prediction.float()
-        x0 = bounded_x0(self.scheduler, raw)
-        noise = (sample.float() - state.alpha * x0) / state.sigma if state.sigma > 0 else torch.zeros_like(x0)
         last = position is not None and bool(self.timesteps[position] == self.timesteps[self.last])
-        delta = self.correct(x0, noise=noise, alpha=state.alpha, sigma=state.sigma, last=last)
+        raw, x0 = self._x0(state, prediction, sample)
+        options: dict[str, Any] = {"alpha": state.alpha, "sigma": state.sigma, "last": last}
+        if self.guidance is not None:
+            rows = self.correct.colliding(x0, **options)
+            released = None if rows is None else self.guidance.at_scale(prediction, rows, self.correct.release_scale)
+            if released is not None:
+                prediction = released
+                raw, x0 = self._x0(state, prediction, sample)
+                options["released"] = rows
+        noise = (sample.float() - state.alpha * x0) / state.sigma if state.sigma > 0 else torch.zeros_like(x0)
+        delta = self.correct(x0, noise=noise, **options)
         if delta.shape != x0.shape:
             raise ValueError(f"the correction has shape {tuple(delta.shape)}, but x0 has {tuple(x0.shape)}.")
         # By `where` and not by `if`: the host does not wait, and what did not move keeps its bits.
@@ -156,22 +188,37 @@ class _Run:
         prediction = torch.where(moved.view(-1, *[1] * (x0.ndim - 1)), shifted, prediction)
         return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
+    def _x0(self, state: State, prediction: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute x0 (B, *S) as the model predicts it, and as the scheduler bounds it."""
+        raw = state.a * sample.float() + state.b * prediction.float()
+        return raw, bounded_x0(self.scheduler, raw)
+
 
 class _OncePerImage:
     """A correction for DiT's pipeline, which steps both halves of its guidance batch: the second repeats the images."""
 
-    def __init__(self, correct: Correction) -> None:
+    def __init__(self, correct: Any) -> None:
         self.correct = correct
         self.start = correct.start
+        self.release_scale = getattr(correct, "release_scale", 1.0)
         self.twice = False
 
-    def __call__(self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool) -> Tensor:
+    def __call__(self, x0: Tensor, *, noise: Tensor, released: Tensor | None = None, **options: Any) -> Tensor:
         half = len(x0) // 2
         self.twice = torch.equal(x0[:half], x0[half:])  # not so without guidance
+        if released is not None:
+            options["released"] = released[:half] if self.twice else released
         if not self.twice:
-            return self.correct(x0, noise=noise, alpha=alpha, sigma=sigma, last=last)
-        delta = self.correct(x0[:half], noise=noise[:half], alpha=alpha, sigma=sigma, last=last)
+            return self.correct(x0, noise=noise, **options)
+        delta = self.correct(x0[:half], noise=noise[:half], **options)
         return torch.cat([delta, delta])
+
+    def colliding(self, x0: Tensor, **options: Any) -> Tensor | None:
+        half = len(x0) // 2
+        if not torch.equal(x0[:half], x0[half:]):
+            return self.correct.colliding(x0, **options)
+        rows = self.correct.colliding(x0[:half], **options)
+        return None if rows is None else torch.cat([rows, rows])
 
     def finish(self, latents: Tensor) -> Tensor | None:
         if not self.twice:

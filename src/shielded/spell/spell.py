@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shielded.core.correction import Overlap, check_radius, project_correction, sum_correction
+from shielded.core.correction import Overlap, project_correction, sum_correction
 from shielded.core.directions import push_direction
 from shielded.core.pairs import active_pairs, project_pairs, sum_pairs
 from shielded.core.references import Hits, References, closest
@@ -20,8 +20,9 @@ from shielded.protected import ProtectedSet
 from shielded.samplers.diffusers import attach
 from shielded.spell.history import History
 from shielded.spell.mask import flatten, unflatten
+from shielded.spell.options import check_options, checked_radius, energy_of, history_of
 from shielded.spell.posterior import Calibration
-from shielded.spell.static import StaticReferences, require_radii
+from shielded.spell.static import StaticReferences
 from shielded.spell.trace import Push, rows_of_step, write_csv
 
 _ALTERNATIONS = 4  # between leaving the static shields and separating the batch, each of which can undo the other
@@ -52,6 +53,14 @@ class Spell:
             that part.
         calibration: measured energy and denoising error of a model, for the posterior radius. None: estimated from the
             protected references.
+        release: noise level down to which guidance is let go: above it, an image whose guided x0 lies in an active
+            shield takes the prediction at `release_scale`. Under guidance x0 is drawn back to one picture, and the push
+            has to go across what the decoder sees. None: never.
+        release_scale: the guidance scale that such an image then has; 1 is none.
+
+    Attributes:
+        guidance: after a run, how the pipeline's guidance was released ("batched", "separate", "embedded"), or why it
+            was not; None if no image asked for it.
 
     Raises:
         ValueError: a radius that is missing where it is needed or not positive, an empty protected set, or options that
@@ -72,42 +81,38 @@ class Spell:
         groups: Tensor | None = None,
         mask: Tensor | None = None,
         calibration: Calibration | None = None,
+        release: float | None = 0.5,
+        release_scale: float = 1.0,
     ) -> None:
-        radius = _checked_radius(protected, radius, batch, history)
-        if not overcompensation > 0 or overcompensation == float("inf"):
-            raise ValueError(f"overcompensation must be positive and finite, not {overcompensation}.")
-        if overlap not in ("sum", "project"):
-            raise ValueError(f"overlap={overlap!r} is not known; use 'sum' or 'project'.")
-        if radius_schedule not in ("constant", "posterior"):
-            raise ValueError(f"radius_schedule={radius_schedule!r} is not known; use 'constant' or 'posterior'.")
-        if nearest is not None and nearest < 1:
-            raise ValueError(f"nearest must be at least 1, not {nearest}; None means all protected references.")
-        start, end = window
-        if not 1 >= start > end >= 0:
-            raise ValueError(f"window={window} must run from the noisy end to the clean one, like (1.0, 0.6).")
+        radius = checked_radius(protected, radius, batch, history)
+        check_options(overcompensation, overlap, radius_schedule, nearest, window, release, release_scale)
         if radius_schedule == "posterior":
             if mask is not None:
                 raise ValueError("radius_schedule='posterior' does not work with a mask: energies are of whole images.")
             if calibration is None:
                 if protected is None:
                     raise ValueError("radius_schedule='posterior' without a protected set needs calibration=...")
-                calibration = Calibration(energy=_energy(protected))
+                calibration = Calibration(energy=energy_of(protected))
         self.protected = protected
         self.radius = radius
         self.overcompensation = overcompensation
         self.batch = batch
         self.nearest = nearest
         self.overlap = overlap
-        self.window = (float(start), float(end))
+        self.window = (float(window[0]), float(window[1]))
         self.radius_schedule = radius_schedule
         self.groups = groups
         self.mask = mask
         self.calibration = calibration
-        self.history = _history_of(history)
+        self.release = release
+        self.release_scale = release_scale
+        self.guidance: str | None = None
+        self.history = history_of(history)
         self.finished: Tensor | None = None
         self.trace: list[dict[str, Any]] = []
         self._run = 0
         self._step = 0
+        self._known: tuple[Tensor, _Active] | None = None
         self._static = StaticReferences(protected, self.history, radius, nearest, mask)
 
     # One step -----------------------------------------------------------------------------------------------------
@@ -119,6 +124,7 @@ class Spell:
         alpha: float | None = None,
         sigma: float | None = None,
         last: bool = False,
+        released: Tensor | None = None,
     ) -> Tensor:
         """Compute the correction λΔ for one step.
 
@@ -129,6 +135,7 @@ class Spell:
             alpha: signal coefficient of the state x = α x0 + σ ε that the model has just seen.
             sigma: its noise coefficient.
             last: whether this is the trajectory's last evaluation; the posterior radius is then the full one.
+            released: (B,) bool, rows whose x0 is without its guidance (`colliding`), for the trace.
 
         Returns:
             (B, *S) of x0's dtype; exactly zero in rows that no shield touches.
@@ -138,33 +145,18 @@ class Spell:
                 without alpha and sigma.
         """
         step, self._step = self._step, self._step + 1
-        level = None if alpha is None or sigma is None else float(sigma) / (float(alpha) + float(sigma))
-        if level is None and (self.window != (1.0, 0.0) or self.radius_schedule == "posterior"):
-            raise ValueError("a window and the posterior radius need the noise level: pass alpha=... and sigma=...")
-        x = flatten(x0, self.mask)
-        finite = torch.isfinite(x).all()
-        if level is not None and not self.window[1] <= level <= self.window[0]:
-            _require_finite(finite, x, step)
+        known, self._known = self._known, None
+        active = known[1] if known is not None and known[0] is x0 else self._active(x0, _level(alpha, sigma), last)
+        level, x = active.level, active.x
+        if not active.inside_window:
+            _require_finite(active.finite, x, step)
             return torch.zeros_like(x0)
-        references = self._static.at(x0)
-        shrink = None
-        if self.radius_schedule == "posterior" and self.calibration is not None and level is not None and not last:
-            shrink = self.calibration.posterior_variance(x.square().sum(dim=1), level)
-        scan = None if references is None else references.scan(x, shrink)
-        batch = self._batch_shields(x, shrink)
-        close = None if batch is None else batch.active(x)
-        # One flag for all: reading it is the only thing that the host waits for in a step without an active shield.
-        flags = [~finite, *([scan.some] if scan else []), *([close.any()] if close is not None else [])]
-        idle = not torch.stack(flags).any()
-        hits = None
-        if not idle:
-            _require_finite(finite, x, step)
-            hits = scan.hits() if scan is not None else None
-            idle = not (hits is not None and len(hits)) and not (close is not None and close.any())
-        if idle:
-            self._record(step, level, len(x), None)
+        if active.idle:
+            self._record(step, level, len(x), None, released)
             return torch.zeros_like(x0)
+        _require_finite(active.finite, x, step)
         direction = push_direction(x, None if noise is None else flatten(noise, self.mask))
+        references, hits, batch, close = active.references, active.hits, active.batch, active.close
         if self.overlap == "sum":
             delta = torch.zeros_like(x)
             if references is not None and hits is not None:
@@ -173,10 +165,60 @@ class Spell:
                 delta += sum_pairs(x, batch.radius, close)
             delta, unresolved = self.overcompensation * delta, None
         else:
-            delta, unresolved = self._project(x, references, hits, direction, shrink, batch, self.overcompensation)
+            strength = self.overcompensation
+            delta, unresolved = self._project(x, references, hits, direction, active.shrink, batch, strength)
         ratio = float(alpha) / float(sigma) if level and alpha is not None and sigma and noise is not None else None
-        self._record(step, level, len(x), Push(delta, direction, hits, close, unresolved, ratio))
+        self._record(step, level, len(x), Push(delta, direction, hits, close, unresolved, ratio), released)
         return unflatten(delta, x0, self.mask)
+
+    def colliding(self, x0: Tensor, *, alpha: float, sigma: float, last: bool = False) -> Tensor | None:
+        """Find the images whose guidance is to be released at this step.
+
+        Args:
+            x0: (B, *S) predicted clean samples, after guidance.
+            alpha: signal coefficient of the state.
+            sigma: its noise coefficient.
+            last: whether this is the trajectory's last evaluation.
+
+        Returns:
+            (B,) bool, rows of x0 inside an active shield; None if there are none, or at noise levels up to `release`.
+        """
+        level = _level(alpha, sigma)
+        if self.release is None or level is None or not level > self.release:
+            return None
+        active = self._active(x0, level, last)
+        self._known = x0, active  # for the correction of the same tensor, if no guidance is released
+        if active.idle or not active.finite:  # the step itself refuses what is not finite
+            return None
+        rows = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+        if active.hits is not None:
+            rows[active.hits.query] = True
+        return rows if active.close is None else rows | active.close.any(dim=1)
+
+    def _active(self, x0: Tensor, level: float | None, last: bool) -> _Active:
+        """Search for the active shields of x0."""
+        if level is None and (self.window != (1.0, 0.0) or self.radius_schedule == "posterior"):
+            raise ValueError("a window and the posterior radius need the noise level: pass alpha=... and sigma=...")
+        x = flatten(x0, self.mask)
+        active = _Active(level, x, torch.isfinite(x).all())
+        if level is not None and not self.window[1] <= level <= self.window[0]:
+            active.inside_window = False
+            return active
+        active.references = self._static.at(x0)
+        if self.radius_schedule == "posterior" and self.calibration is not None and level is not None and not last:
+            active.shrink = self.calibration.posterior_variance(x.square().sum(dim=1), level)
+        scan = None if active.references is None else active.references.scan(x, active.shrink)
+        active.batch = self._batch_shields(x, active.shrink)
+        close = active.close = None if active.batch is None else active.batch.active(x)
+        # One flag for all: reading it is the only thing that the host waits for in a step without an active shield.
+        flags = [~active.finite, *([scan.some] if scan else []), *([close.any()] if close is not None else [])]
+        if torch.stack(flags).any():
+            active.idle = False
+            if active.finite:
+                active.hits = None if scan is None else scan.hits()
+                crowded = close is not None and bool(close.any())
+                active.idle = not (active.hits is not None and len(active.hits)) and not crowded
+        return active
 
     def _project(
         self,
@@ -310,8 +352,37 @@ class Spell:
             squared = squared - shrink[:, None] - shrink[None, :]
         return _BatchShields(squared.clamp(min=0).sqrt(), repels)
 
-    def _record(self, step: int, level: float | None, count: int, push: Push | None) -> None:
-        self.trace += rows_of_step(self._run, step, level, count, push, self._static.name)
+    def _record(self, step: int, level: float | None, count: int, push: Push | None, released: Tensor | None) -> None:
+        self.trace += rows_of_step(self._run, step, level, count, push, released, self._static.name)
+
+
+@dataclass
+class _Active:
+    """The active shields of one x0.
+
+    Args:
+        level: noise level t = σ/(α + σ).
+        x: (B, D).
+        finite: () bool, whether all of x is.
+        inside_window: whether the Spell acts at this level.
+        idle: whether no shield is active.
+        references: protected images and history.
+        hits: active shields among them.
+        batch: the shields that images of the batch are to each other.
+        close: (B, B) bool, active pairs among them.
+        shrink: (B,) subtracted from squared radii.
+    """
+
+    level: float | None
+    x: Tensor
+    finite: Tensor
+    inside_window: bool = True
+    idle: bool = True
+    references: References | None = None
+    hits: Hits | None = None
+    batch: _BatchShields | None = None
+    close: Tensor | None = None
+    shrink: Tensor | None = None
 
 
 @dataclass
@@ -331,29 +402,9 @@ class _BatchShields:
         return active_pairs(x, self.radius * (1 - margin) if margin else self.radius, self.repels)
 
 
-def _checked_radius(
-    protected: ProtectedSet | Tensor | None, radius: float | Tensor | None, batch: bool, history: bool | int | History
-) -> float | Tensor | None:
-    """Refuse radii that do not fit the references; otherwise return them as a number or (K,) float64."""
-    pushes_finished = batch or history is not False
-    if protected is not None and len(protected) == 0:
-        raise ValueError("the protected set is empty; add images to it, or pass protected=None.")
-    if protected is None and not pushes_finished:
-        raise ValueError("nothing to repel from: give a protected set, or batch=True, or history=True.")
-    if radius is None and pushes_finished:
-        raise ValueError(
-            "radius is needed for batch and history references; pass radius=..., or batch=False and history=False "
-            "to use the protected set's own radii."
-        )
-    if radius is not None:
-        radius = check_radius(radius, -1 if protected is None else len(protected))
-    if isinstance(radius, Tensor) and pushes_finished:
-        raise ValueError("batch and history references need one radius; a radius per image works with batch=False.")
-    if radius is None and isinstance(protected, Tensor):
-        raise ValueError("a tensor of protected references has no radii of its own; pass radius=...")
-    if radius is None and protected is not None and not isinstance(protected, Tensor):
-        require_radii(protected.radii)
-    return radius
+def _level(alpha: float | None, sigma: float | None) -> float | None:
+    """Noise level t = σ/(α + σ)."""
+    return None if alpha is None or sigma is None else float(sigma) / (float(alpha) + float(sigma))
 
 
 def _require_finite(finite: Tensor, x: Tensor, step: int) -> None:
@@ -376,18 +427,3 @@ def _outward(x: Tensor, move: Tensor, references: References, nearest: Hits) -> 
     result = torch.zeros_like(x)
     result[nearest.query] = nearest.radius[:, None].to(x.dtype) * along / along.norm(dim=1, keepdim=True)
     return result
-
-
-def _energy(protected: ProtectedSet | Tensor) -> float:
-    """Mean ‖z‖² of the references."""
-    if isinstance(protected, Tensor):
-        return protected.float().flatten(1).square().sum(dim=1).mean().item()
-    return protected.energy
-
-
-def _history_of(history: bool | int | History) -> History | None:
-    if isinstance(history, History):
-        return history
-    if history is False:
-        return None
-    return History() if history is True else History(history)

@@ -37,7 +37,13 @@ class Push:
 
 
 def rows_of_step(
-    run: int, step: int, level: float | None, count: int, push: Push | None, name: Callable[[int], str]
+    run: int,
+    step: int,
+    level: float | None,
+    count: int,
+    push: Push | None,
+    released: Tensor | None,
+    name: Callable[[int], str],
 ) -> list[dict[str, Any]]:
     """Make the trace's rows of one step. Nothing is read back from the device unless a shield was active.
 
@@ -47,6 +53,7 @@ def rows_of_step(
         level: noise level t = σ/(α + σ).
         count: B.
         push: what the step did; None: no shield was active.
+        released: (B,) bool, images whose guidance was let go; None: none.
         name: gives the id of a static reference's row.
     """
     active, length, share, failed = [0] * count, [0.0] * count, [0.0] * count, [False] * count
@@ -66,6 +73,7 @@ def rows_of_step(
             share = (push.ratio * norm / push.noise.norm(dim=1).clamp(min=1e-12)).tolist()
         if push.unresolved is not None:
             failed = push.unresolved.tolist()
+    without_guidance = [False] * count if released is None else released.tolist()
     rows = []
     for image in range(count):
         distance, reference, radius = nearest.get(image, (None, None, None))
@@ -82,6 +90,7 @@ def rows_of_step(
                 "nearest_distance": distance,
                 "radius": radius,
                 "unresolved": failed[image],
+                "released": without_guidance[image],
             }
         )
     return rows

@@ -1,0 +1,182 @@
+"""Guidance let go per row, in diffusers' own pipelines with small random models."""
+
+import pytest
+import torch
+
+from helpers.pipelines import PIPELINES, randn, run, stable_diffusion, tiny
+from shielded import Spell
+from shielded.samplers import attach
+
+WAYS = {
+    "sd15": "batched",
+    "sd2": "batched",
+    "lcm": "embedded",
+    "sd-turbo": None,
+    "img2img": "batched",
+    "inpaint": "batched",
+    "controlnet": "batched",
+    "sdxl": "batched",
+    "sdxl-turbo": None,
+    "sd3": "batched",
+    "dit": "batched",
+    "pixart-sigma": "batched",
+    "sana": "batched",
+    "z-image": "batched",
+    "flux": "embedded",
+    "flux-schnell": None,
+    "flux2": "embedded",
+    "qwen-image": "separate",
+    "wan": "separate",
+    "ltx": "batched",
+}
+OFF = {"qwen-image": {"true_cfg_scale": 1.0}, "z-image": {"guidance_scale": 0.0}}
+ROWS = torch.tensor([False, True, False, True])
+
+
+class Release:
+    """A correction that moves nothing and lets guidance go in some rows."""
+
+    def __init__(self, rows=ROWS, scale=1.0):
+        self.rows, self.release_scale, self.guidance, self.steps = rows, scale, None, []
+
+    def __call__(self, x0, *, noise, alpha, sigma, last, released=None):
+        self.steps.append(released)
+        return torch.zeros_like(x0)
+
+    def colliding(self, x0, *, alpha, sigma, last):
+        return self.rows
+
+    def start(self):
+        pass
+
+    def finish(self, latents):
+        return None
+
+
+def sampled(name, **options):
+    return torch.as_tensor(run(tiny(name), **options))  # DiT's pipeline returns arrays
+
+
+def released(name, correct, **options):
+    with attach(tiny(name).pipe, correct):
+        return sampled(name, **options)
+
+
+def test_all_pipelines_are_listed():
+    assert WAYS.keys() == PIPELINES.keys()
+
+
+@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way])
+def test_released_rows_are_those_of_a_run_without_guidance(name):
+    plain = sampled(name)
+    without = sampled(name, **OFF.get(name, {"guidance_scale": 1.0}))
+    correct = Release()
+    latents = released(name, correct)
+    assert correct.guidance == WAYS[name]
+    assert torch.equal(latents[~ROWS], plain[~ROWS])
+    assert not torch.allclose(latents[ROWS], plain[ROWS], rtol=1e-3)
+    torch.testing.assert_close(latents[ROWS], without[ROWS], rtol=2e-3, atol=2e-4 * float(without.abs().max()))
+
+
+@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if not way])
+def test_without_guidance_there_is_none_to_release(name):
+    plain, correct = sampled(name), Release()
+    assert torch.equal(released(name, correct), plain)
+    assert correct.guidance.startswith("not released: ")
+    assert correct.steps == [None] * len(correct.steps)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "wan", "ltx", "flux", "lcm"])
+def test_release_to_another_scale(name):
+    half = sampled(name, guidance_scale=2.0)
+    latents = released(name, Release(scale=2.0))
+    torch.testing.assert_close(latents[ROWS], half[ROWS], rtol=2e-3, atol=2e-4 * float(half.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["sd15", "wan", "flux"])
+def test_release_never_adds_guidance(name):
+    assert torch.equal(released(name, Release(scale=5.0)), sampled(name))
+
+
+def test_rescaled_guidance_is_released_to_none_only():
+    off = sampled("sd15", guidance_scale=1.0)
+    latents = released("sd15", Release(), guidance_rescale=0.7)
+    torch.testing.assert_close(latents[ROWS], off[ROWS], rtol=2e-3, atol=2e-4 * float(off.abs().max()))
+    correct = Release(scale=2.0)
+    plain = sampled("sd15", guidance_rescale=0.7)
+    assert torch.equal(released("sd15", correct, guidance_rescale=0.7), plain)
+    assert "not known" in correct.guidance
+
+
+def test_an_unknown_combination_is_left_alone():
+    pipe = stable_diffusion().pipe
+    plain_step = pipe.scheduler.step
+    options = {**tiny("sd15").options, "output_type": "latent"}
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+
+    def bent(model_output, *args, **kwargs):
+        return plain_step(model_output + 0.05 * model_output.roll(1, -1), *args, **kwargs)
+
+    correct = Release()
+    with attach(pipe, correct):
+        attached = pipe.scheduler.step
+        pipe.scheduler.step = lambda m, *a, **k: attached(m + 0.05 * m.roll(1, -1), *a, **k)
+        latents = pipe(generator=seeds, **options).images
+        pipe.scheduler.step = attached
+    pipe.scheduler.step = bent
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    assert torch.equal(latents, pipe(generator=seeds, **options).images)
+    assert "not known" in correct.guidance
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    pipe = stable_diffusion().pipe.to(dtype)
+    options = {**tiny("sd15").options, "output_type": "latent", "num_inference_steps": 3}
+    options |= {key: options[key].to(dtype) for key in ("prompt_embeds", "negative_prompt_embeds")}
+
+    def sample(correct=None, **changes):
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        if correct is None:
+            return pipe(generator=seeds, **{**options, **changes}).images
+        with attach(pipe, correct):
+            return pipe(generator=seeds, **options).images
+
+    correct = Release()
+    latents, plain, without = sample(correct), sample(), sample(guidance_scale=1.0)
+    assert correct.guidance == "batched"
+    assert torch.equal(latents[~ROWS], plain[~ROWS])
+    torch.testing.assert_close(latents[ROWS], without[ROWS], rtol=0.1, atol=0.05 * float(without.abs().max()))
+
+
+# In a Spell ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_spell_releases_the_images_in_a_shield():
+    plain = run(tiny("sd15"))
+    spell = Spell(plain[1:2], radius=0.5 * float(plain[1].norm()), batch=False, release=0.3)
+    with spell.attach(tiny("sd15").pipe):
+        latents = run(tiny("sd15"))
+    acted = {row["image"] for row in spell.trace if row["active"]}
+    gone = {row["image"] for row in spell.trace if row["released"]}
+    assert gone
+    assert gone <= acted
+    assert all(row["noise_level"] > 0.3 for row in spell.trace if row["released"])
+    assert spell.guidance == "batched"
+    idle = sorted(set(range(4)) - acted)
+    assert torch.equal(latents[idle], plain[idle])
+
+
+def test_nothing_active_nothing_released():
+    plain = run(tiny("sd15"))
+    spell = Spell(randn(1, *plain.shape[1:], seed=9) * 1e3, radius=1.0, batch=False)
+    with spell.attach(tiny("sd15").pipe):
+        assert torch.equal(run(tiny("sd15")), plain)
+    assert spell.guidance is None
+    assert not any(row["released"] for row in spell.trace)
+
+
+@pytest.mark.parametrize("options", [{"release": 1.5}, {"release": -0.1}, {"release_scale": 0.5}])
+def test_bad_options(options):
+    with pytest.raises(ValueError, match="release"):
+        Spell(radius=1.0, **options)
