@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.pipelines import PIPELINES, randn, run, stable_diffusion, tiny
-from shielded import Spell
+from shielded import Guided, RepelledDenoiser, Spell
 from shielded.samplers import attach
 
 WAYS = {
@@ -39,11 +39,11 @@ class Release:
     def __init__(self, rows=ROWS, scale=1.0):
         self.rows, self.release_scale, self.guidance, self.steps = rows, scale, None, []
 
-    def __call__(self, x0, *, noise, alpha, sigma, last, released=None):
+    def __call__(self, x0, *, noise, alpha, sigma, last=False, released=None):
         self.steps.append(released)
         return torch.zeros_like(x0)
 
-    def colliding(self, x0, *, alpha, sigma, last):
+    def colliding(self, x0, *, alpha, sigma, last=False):
         return self.rows
 
     def start(self):
@@ -147,6 +147,44 @@ def test_half_precision(dtype):
     assert correct.guidance == "batched"
     assert torch.equal(latents[~ROWS], plain[~ROWS])
     torch.testing.assert_close(latents[ROWS], without[ROWS], rtol=0.1, atol=0.05 * float(without.abs().max()))
+
+
+# Denoisers ----------------------------------------------------------------------------------------------------------
+
+
+def net(x, sigma):
+    return 0.5 * x
+
+
+def guide(x, sigma):
+    return 0.25 * x + 0.1
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 0.5), (2.0, None)])
+def test_a_guided_denoiser_is_released_per_row(scale, expected):
+    x = randn(4, 3, 2)
+    out = RepelledDenoiser(Guided(net, guide, 3.0), Release(scale=scale))(x, 1.0)
+    assert torch.equal(out[~ROWS], Guided(net, guide, 3.0)(x, 1.0)[~ROWS])
+    torch.testing.assert_close(out[ROWS], Guided(net, guide, scale)(x, 1.0)[ROWS])
+    if expected is not None:
+        assert torch.equal(out[ROWS], expected * x[ROWS])
+
+
+def test_a_denoiser_without_guidance_has_none_to_release():
+    x = randn(4, 3, 2)
+    correct = Release()
+    assert torch.equal(RepelledDenoiser(net, correct)(x, 1.0), net(x, 1.0))
+    assert torch.equal(RepelledDenoiser(Guided(net, guide, 1.0), correct)(x, 1.0), net(x, 1.0))
+    assert correct.steps == [None, None]
+
+
+def test_a_spell_releases_a_guided_denoiser():
+    x = randn(4, 3, 2)
+    guided = Guided(net, guide, 3.0)(x, 1.0)
+    spell = Spell(guided[:1].clone(), radius=0.1, batch=False)
+    out = RepelledDenoiser(Guided(net, guide, 3.0), spell)(x, 1.5)
+    assert [row["released"] for row in spell.trace] == [True, False, False, False]
+    assert torch.equal(out[1:], guided[1:])
 
 
 # In a Spell ---------------------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ class RepelledDenoiser(_Wrapper):
     `samples = spell.finish(samples)` after it: that counts runs in the trace, moves out of the shields what the sampler
     brought back inside, and lets the history remember the samples.
 
+    If the denoiser is a `Guided`, guidance is released for the images whose guided x0 lies in a shield
+    (`Spell(release=...)`).
+
     Args:
         denoiser: called as denoiser(x, sigma, *args, **kwargs), gives x0 (B, *S).
         spell: called as spell(x0, noise=, alpha=, sigma=) with float32 tensors (B, *S), gives the correction; a Spell.
@@ -57,9 +60,16 @@ class RepelledDenoiser(_Wrapper):
         """
         level = _level(sigma)
         x0 = self.denoiser(x, sigma, *args, **kwargs)
-        seen = x0.float()
+        seen, options = x0.float(), {}
+        if hasattr(self.spell, "colliding") and hasattr(self.denoiser, "at_scale"):
+            rows = self.spell.colliding(seen, alpha=1.0, sigma=level)
+            released = None if rows is None else self.denoiser.at_scale(self.spell.release_scale)
+            if rows is not None and released is not None:
+                self.spell.guidance = "denoiser"
+                x0 = torch.where(rows.view(-1, *[1] * (x0.ndim - 1)), released, x0)
+                seen, options["released"] = x0.float(), rows
         noise = (x.float() - seen) / level if level > 0 else torch.zeros_like(seen)
-        delta = self.spell(seen, noise=noise, alpha=1.0, sigma=level)
+        delta = self.spell(seen, noise=noise, alpha=1.0, sigma=level, **options)
         moved = (delta != 0).flatten(1).any(1)
         return torch.where(moved.view(-1, *[1] * (x0.ndim - 1)), (x0 + delta).to(x0.dtype), x0)
 
@@ -82,13 +92,24 @@ class Guided(_Wrapper):
         self.denoiser = net
         self.gnet = gnet
         self.guidance = guidance
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
         """Predict the guided x0 (B, *S), in the dtype of net."""
         x0 = self.denoiser(x, sigma, *args, **kwargs)
+        self._last = None
         if self.guidance == 1:
             return x0
-        return self.gnet(x, sigma, *args, **kwargs).to(x0.dtype).lerp(x0, self.guidance)
+        guide = self.gnet(x, sigma, *args, **kwargs).to(x0.dtype)
+        self._last = guide, x0
+        return guide.lerp(x0, self.guidance)
+
+    def at_scale(self, scale: float) -> Tensor | None:
+        """Compute the last x0 (B, *S) again, at another guidance weight; None if it had no more than that."""
+        if self._last is None or self.guidance <= scale:
+            return None
+        guide, x0 = self._last
+        return x0 if scale == 1 else guide.lerp(x0, scale)
 
 
 def _level(sigma: Tensor | float) -> float:
