@@ -153,11 +153,35 @@ class Gathered:
         alpha: float | None = None,
         sigma: float | None = None,
         last: bool = False,
+        released: Tensor | None = None,
     ) -> Tensor:
         """Compute the correction λΔ for the rows of this process; see `Spell`."""
         everyone = self.share.gather(x0)
         noise = None if noise is None else self.share.gather(noise)
-        return self.share.take(self.spell(everyone, noise=noise, alpha=alpha, sigma=sigma, last=last))
+        if released is not None:
+            released = self.share.gather(released.to(torch.uint8)) > 0
+        return self.share.take(
+            self.spell(everyone, noise=noise, alpha=alpha, sigma=sigma, last=last, released=released)
+        )
+
+    def colliding(self, x0: Tensor, *, alpha: float, sigma: float, last: bool = False) -> Tensor | None:
+        """Find the rows of this process whose guidance is to be released; None if no process has any. See `Spell`."""
+        rows = self.spell.colliding(self.share.gather(x0), alpha=alpha, sigma=sigma, last=last)
+        return None if rows is None else self.share.take(rows)
+
+    @property
+    def release_scale(self) -> float:
+        """The guidance scale of released rows."""
+        return self.spell.release_scale
+
+    @property
+    def guidance(self) -> str | None:
+        """How guidance was released; see `Spell`."""
+        return self.spell.guidance
+
+    @guidance.setter
+    def guidance(self, way: str | None) -> None:
+        self.spell.guidance = way
 
     def start(self) -> None:
         """Begin a new trajectory."""
