@@ -81,10 +81,16 @@ class SpellPatch:
         denoised = args["denoised"]
         alpha, sigma = noise_level(args["model"].model_sampling, args["sigma"])
         x0 = denoised.float()
-        noise = (args["input"].float() - alpha * x0) / sigma if sigma > 0 else None
         # Samplers may evaluate the model several times at the last noise level; any of these may be the last.
         last = sigma <= self.last_sigma * (1 + 1e-6)
-        delta = self.spell(x0, noise=noise, alpha=alpha, sigma=sigma, last=last)
+        rows = self.spell.colliding(x0, alpha=alpha, sigma=sigma, last=last)
+        unguided = None if rows is None else at_scale(args, self.spell.release_scale)
+        if rows is not None and unguided is not None:
+            denoised = torch.where(rows.view(-1, *[1] * (denoised.ndim - 1)), unguided, denoised)
+            x0 = denoised.float()
+        noise = (args["input"].float() - alpha * x0) / sigma if sigma > 0 else None
+        released = None if unguided is None else rows
+        delta = self.spell(x0, noise=noise, alpha=alpha, sigma=sigma, last=last, released=released)
         return (x0 + delta).to(denoised.dtype) if delta.any() else denoised
 
     def _spell(self, latent_format: Any, shape: tuple[int, ...], denoise_mask: Tensor | None) -> Spell:
@@ -127,6 +133,18 @@ def noise_level(model_sampling: Any, sigma: Tensor) -> tuple[float, float]:
     alpha = model_sampling.noise_scaling(level, zero.clone(), one)
     scale = model_sampling.noise_scaling(level, one.clone(), zero)
     return float(alpha), float(scale)
+
+
+def at_scale(args: dict[str, Any], scale: float) -> Tensor | None:
+    """Compute the prediction at another guidance scale from a post-CFG function's arguments.
+
+    Returns:
+        (B, *S); None where the run has no guidance above that scale, as with models whose guidance is embedded.
+    """
+    cond, uncond = args.get("cond_denoised"), args.get("uncond_denoised")
+    if cond is None or uncond is None or args.get("uncond") is None or not args.get("cond_scale", 1.0) > scale:
+        return None
+    return cond if scale == 1 else uncond + scale * (cond - uncond)
 
 
 def check_shape(encoded: tuple[int, ...], sampled: tuple[int, ...], name: str) -> None:
@@ -184,5 +202,7 @@ def report(spell: Spell, radius: float) -> str:
         f"SPELL: {len({row['image'] for row in pushed})} of {images} images pushed, in "
         f"{len({row['step'] for row in pushed})} of {evaluations} evaluations, {size}."
     )
+    released = len({row["image"] for row in spell.trace if row["released"]})
+    line += f" Guidance was released for {released}." if released else ""
     stuck = {row["image"] for row in spell.trace if row["unresolved"] and row["step"] == spell.trace[-1]["step"]}
     return line + (f" {len(stuck)} could not be moved out of all shields: too many overlap." if stuck else "")

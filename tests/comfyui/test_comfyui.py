@@ -79,7 +79,7 @@ def test_noise_level_and_last(nodes, monkeypatch, sampling, alpha):
     hook = sys.modules["spell_pack.hook"]
     calls = []
 
-    def told(self, x0, noise, alpha, sigma, last):
+    def told(self, x0, noise, alpha, sigma, last, released):
         calls.append((alpha * x0 + sigma * noise, alpha, sigma, last))
         return torch.zeros_like(x0)
 
@@ -96,6 +96,24 @@ def test_noise_level_and_last(nodes, monkeypatch, sampling, alpha):
     calls.clear()
     spell(nodes, model, batch=True).sample(noise(), sigmas=torch.tensor([0.7, 0.4, 0.2]))
     assert not any(last for *_, last in calls)  # another sampler goes on from here
+
+
+@pytest.mark.parametrize("sampling", [Eps(), Flow()])
+def test_guidance_is_released_in_a_shield(nodes, monkeypatch, sampling):
+    """Rows in a shield are those of the model without guidance; the others keep their bits."""
+    hook = sys.modules["spell_pack.hook"]
+    rows = torch.tensor([True, False])
+    monkeypatch.setattr(hook.Spell, "colliding", lambda self, x0, **_: rows)
+    monkeypatch.setattr(hook.Spell, "__call__", lambda self, x0, **_: torch.zeros_like(x0))
+    start = noise(2, 3)
+    guided, unguided = (Model(SHAPE, sampling, scale).sample(start) for scale in (3.0, 1.0))
+    target = torch.full_like(guided[:1], 1e3)
+    samples = spell(nodes, Model(SHAPE, sampling, 3.0), protected=target).sample(start)
+    assert torch.equal(samples[1], guided[1])
+    assert not torch.allclose(samples[0], guided[0], rtol=1e-3)
+    torch.testing.assert_close(samples[0], unguided[0])
+    monkeypatch.setattr(hook.Spell, "colliding", lambda self, x0, **_: ~rows | rows)
+    assert torch.equal(spell(nodes, Model(SHAPE, sampling), protected=target).sample(start), unguided)
 
 
 def test_window(nodes):

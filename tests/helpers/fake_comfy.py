@@ -52,8 +52,8 @@ class Scaled:
 class Model:
     """A MODEL with ComfyUI's two hooks, and an Euler sampler that calls them as ComfyUI does."""
 
-    def __init__(self, shape=(4, 8, 8), sampling=None):
-        self.denoiser = Mixture(shape)
+    def __init__(self, shape=(4, 8, 8), sampling=None, cond_scale=1.0):
+        self.denoiser, self.cond_scale = Mixture(shape), cond_scale
         self.inner = SimpleNamespace(model_sampling=sampling or Eps(), latent_format=Scaled())
         self.wrappers, self.post_cfg = [], []
 
@@ -78,9 +78,15 @@ class Model:
             denoised = self.denoiser(x / max(1 - sigma, 1e-3), sigma / max(1 - sigma, 1e-3))
         else:
             denoised = self.denoiser(x, sigma)
+        levels = torch.full((len(x),), sigma)
+        args = {"input": x, "sigma": levels, "model": self.inner, "cond_scale": self.cond_scale}
+        args |= {"cond": [], "cond_denoised": denoised, "uncond": None, "uncond_denoised": torch.zeros_like(denoised)}
+        if self.cond_scale != 1:
+            uncond = 0.8 * denoised + 0.1
+            args |= {"uncond": [], "uncond_denoised": uncond}
+            denoised = uncond + self.cond_scale * (denoised - uncond)
         for function in self.post_cfg:
-            levels = torch.full((len(x),), sigma)
-            denoised = function({"denoised": denoised, "input": x, "sigma": levels, "model": self.inner})
+            denoised = function({**args, "denoised": denoised})
         return denoised
 
     def euler(self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask):
