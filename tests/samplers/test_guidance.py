@@ -137,7 +137,7 @@ def test_a_denoiser_without_guidance_has_none_to_release():
 def test_a_spell_releases_a_guided_denoiser():
     x = randn(4, 3, 2)
     guided = Guided(net, guide, 3.0)(x, 1.0)
-    spell = Spell(guided[:1].clone(), radius=0.1, batch=False)
+    spell = Spell(guided[:1].clone(), radius=0.1, batch=False, release=0.5)
     out = RepelledDenoiser(Guided(net, guide, 3.0), spell)(x, 1.5)
     assert [row["released"] for row in spell.trace] == [True, False, False, False]
     assert torch.equal(out[1:], guided[1:])
@@ -163,10 +163,19 @@ def test_a_spell_releases_the_images_in_a_shield():
 
 def test_nothing_active_nothing_released():
     plain = run(tiny("sd15"))
-    spell = Spell(randn(1, *plain.shape[1:], seed=9) * 1e3, radius=1.0, batch=False)
+    spell = Spell(randn(1, *plain.shape[1:], seed=9) * 1e3, radius=1.0, batch=False, release=0.5)
     with spell.attach(tiny("sd15").pipe):
         assert torch.equal(run(tiny("sd15")), plain)
     assert spell.guidance is None
+    assert not any(row["released"] for row in spell.trace)
+
+
+def test_without_release_guidance_stays():
+    plain = run(tiny("sd15"))
+    spell = Spell(plain[1:2], radius=0.5 * float(plain[1].norm()), batch=False)
+    with spell.attach(tiny("sd15").pipe):
+        run(tiny("sd15"))
+    assert any(row["active"] for row in spell.trace)
     assert not any(row["released"] for row in spell.trace)
 
 

@@ -53,9 +53,9 @@ class Spell:
             that part.
         calibration: measured energy and denoising error of a model, for the posterior radius. None: estimated from the
             protected references.
-        release: noise level down to which guidance is let go: above it, an image whose guided x0 lies in an active
-            shield takes the prediction at `release_scale`. Under guidance x0 is drawn back to one picture, and the push
-            has to go across what the decoder sees. None: never.
+        release: noise level down to which guidance is let go, such as 0.5: above it, an image whose guided x0 lies in
+            an active shield takes the prediction at `release_scale`. Under guidance x0 is drawn back to one picture,
+            and the push has to go across what the decoder sees. None: never.
         release_scale: the guidance scale that such an image then has; 1 is none.
 
     Attributes:
@@ -81,7 +81,7 @@ class Spell:
         groups: Tensor | None = None,
         mask: Tensor | None = None,
         calibration: Calibration | None = None,
-        release: float | None = 0.5,
+        release: float | None = None,
         release_scale: float = 1.0,
     ) -> None:
         radius = checked_radius(protected, radius, batch, history)
