@@ -37,9 +37,7 @@ def generate(
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Number of images.")] = 4,
     radius: Annotated[
         float | None,
-        typer.Option(
-            metavar="R", callback=positive, help="Radius (latent L2); default: the set's or model's."
-        ),
+        typer.Option(metavar="R", callback=positive, help="Radius (latent L2); default: the set's or model's."),
     ] = None,
     seed: Seed = 0,
     steps: OwnSteps = None,
