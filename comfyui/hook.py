@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from shielded import History, ProtectedSet, Spell
+from shielded.samplers.rows import select_rows
 
 from .memory import Memory, recall
 
@@ -86,7 +87,7 @@ class SpellPatch:
         rows = self.spell.colliding(x0, alpha=alpha, sigma=sigma, last=last)
         unguided = None if rows is None else at_scale(args, self.spell.release_scale)
         if rows is not None and unguided is not None:
-            denoised = torch.where(rows.view(-1, *[1] * (denoised.ndim - 1)), unguided, denoised)
+            denoised = select_rows(rows, unguided, denoised)
             x0 = denoised.float()
         noise = (args["input"].float() - alpha * x0) / sigma if sigma > 0 else None
         released = None if unguided is None else rows

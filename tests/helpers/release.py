@@ -32,7 +32,7 @@ class Release:
     """A correction that moves nothing and lets guidance go in some rows."""
 
     def __init__(self, rows=ROWS, scale=1.0):
-        self.rows, self.release_scale = rows, scale
+        self.rows, self.release, self.release_scale = rows, 0.0, scale
         self.guidance = self.finished = None
         self.steps = []
 

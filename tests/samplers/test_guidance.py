@@ -179,6 +179,15 @@ def test_without_release_guidance_stays():
     assert not any(row["released"] for row in spell.trace)
 
 
+@pytest.mark.parametrize("release", [None, 0.5])
+def test_the_denoiser_is_watched_only_to_release(release):
+    pipe = tiny("sd15").pipe
+    with Spell(radius=1.0, release=release).attach(pipe):
+        assert bool(pipe.unet._forward_hooks) == (release is not None)
+        run(tiny("sd15"))
+    assert not pipe.unet._forward_hooks
+
+
 @pytest.mark.parametrize("options", [{"release": 1.5}, {"release": -0.1}, {"release_scale": 0.5}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match="release"):

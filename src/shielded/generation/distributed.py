@@ -170,6 +170,11 @@ class Gathered:
         return None if rows is None else self.share.take(rows)
 
     @property
+    def release(self) -> float | None:
+        """The noise level down to which guidance is let go; None: never."""
+        return self.spell.release
+
+    @property
     def release_scale(self) -> float:
         """The guidance scale of released rows."""
         return self.spell.release_scale

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shielded.samplers.guidance import releases
+from shielded.samplers.rows import select_rows
+
 
 class _Wrapper:
     """Forwards what it does not know (sigma_min, round_sigma, img_channels) to the denoiser that it wraps."""
@@ -61,17 +64,17 @@ class RepelledDenoiser(_Wrapper):
         level = _level(sigma)
         x0 = self.denoiser(x, sigma, *args, **kwargs)
         seen, options = x0.float(), {}
-        if hasattr(self.spell, "colliding") and hasattr(self.denoiser, "at_scale"):
+        if releases(self.spell) and hasattr(self.denoiser, "at_scale"):
             rows = self.spell.colliding(seen, alpha=1.0, sigma=level)
             released = None if rows is None else self.denoiser.at_scale(self.spell.release_scale)
             if rows is not None and released is not None:
                 self.spell.guidance = "denoiser"
-                x0 = torch.where(rows.view(-1, *[1] * (x0.ndim - 1)), released, x0)
+                x0 = select_rows(rows, released, x0)
                 seen, options["released"] = x0.float(), rows
         noise = (x.float() - seen) / level if level > 0 else torch.zeros_like(seen)
         delta = self.spell(seen, noise=noise, alpha=1.0, sigma=level, **options)
         moved = (delta != 0).flatten(1).any(1)
-        return torch.where(moved.view(-1, *[1] * (x0.ndim - 1)), (x0 + delta).to(x0.dtype), x0)
+        return select_rows(moved, (x0 + delta).to(x0.dtype), x0)
 
 
 class Guided(_Wrapper):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shielded.samplers.coefficients import State, bounded_x0, family_of, last_index, position_of, step_state
-from shielded.samplers.guidance import Guidance
+from shielded.samplers.guidance import Guidance, releases
+from shielded.samplers.rows import select_rows
 
 
 class Correction(Protocol):
@@ -38,6 +39,7 @@ class Correction(Protocol):
 class Releasing(Correction, Protocol):
     """A correction that also lets guidance go, for the images whose guided x0 lies in a shield."""
 
+    release: float | None
     release_scale: float
     guidance: str | None
 
@@ -67,8 +69,8 @@ def attach(pipe: Any, correct: Correction | Releasing) -> Iterator[None]:
         pipe: any object with a supported `.scheduler`.
         correct: called with x0, noise (B, *S), alpha, sigma and last; see `Correction`. `last` is true where the
             timestep is the last one of the schedule. `start` is called before the first step of each trajectory and
-            `finish` after the last one; a trajectory that stops early is not finished. Where it has a method
-            `colliding`, guidance is released in the rows that it names; see `Releasing`.
+            `finish` after the last one; a trajectory that stops early is not finished. If its `release` is
+            not None, guidance is released in the rows that `colliding` names; see `Releasing`.
 
     Raises:
         TypeError: `pipe` has no scheduler, or one that does not predict an x0 to correct.
@@ -89,7 +91,7 @@ def attach(pipe: Any, correct: Correction | Releasing) -> Iterator[None]:
         raise RuntimeError("the scheduler is already attached to; leave the first context, or use one Spell for both.")
 
     twice = any(cls.__name__ == "DiTPipeline" for cls in type(pipe).__mro__)
-    guidance = Guidance(pipe, twice) if hasattr(correct, "colliding") else None
+    guidance = Guidance(pipe, twice) if releases(correct) else None
     run = _Run(scheduler, _OncePerImage(correct) if twice else correct, guidance)
     step = types.MethodType(_corrected_step(run), scheduler)
     scheduler.step = step
@@ -185,7 +187,7 @@ class _Run:
         # By `where` and not by `if`: the host does not wait, and what did not move keeps its bits.
         moved = (delta != 0).flatten(1).any(1)
         shifted = (prediction.float() + (x0 - raw + delta) / state.b).to(prediction.dtype)
-        prediction = torch.where(moved.view(-1, *[1] * (x0.ndim - 1)), shifted, prediction)
+        prediction = select_rows(moved, shifted, prediction)
         return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
     def _x0(self, state: State, prediction: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

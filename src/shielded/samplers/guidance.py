@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shielded.samplers.rows import select_rows
+
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 _TOLERANCE = 8.0  # of the fit's residual, in rounding errors of the dtype
 
@@ -37,6 +39,11 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
+
+
+def releases(correct: Any) -> bool:
+    """Tell whether a correction lets guidance go at all; only then is there anything to watch or to ask for."""
+    return getattr(correct, "release", None) is not None
 
 
 class Guidance:
@@ -116,7 +123,7 @@ class Guidance:
                 self._refuse(f"{type(self._pipe).__name__} combines its predictions in a way that is not known here")
             return None
         self.way = way
-        return torch.where(rows.view(-1, *[1] * (model_output.ndim - 1)), released, model_output)
+        return select_rows(rows, released, model_output)
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self._recording:
@@ -230,18 +237,17 @@ def _released(first: Tensor, second: Tensor, model_output: Tensor, scale: float)
     if ((s > -1e-3) & (s < 1 - 1e-3)).any():
         return None  # between the two predictions: a scale below 1 does not tell which of them is which
     # s counts from a to b. Above 1, b has the prompt; below 0, a has it, and the scale is 1 − s.
-    swapped = (s < 0).view(-1, *[1] * (model_output.ndim - 1))
-    unconditional, conditional = torch.where(swapped, b, a), torch.where(swapped, a, b)
-    current = torch.where(s < 0, 1 - s, s)
-    sign = torch.where(gain < 0, -1.0, 1.0).view_as(swapped).to(model_output.dtype)
+    swapped = s < 0
+    unconditional, conditional = select_rows(swapped, b, a), select_rows(swapped, a, b)
+    current = torch.where(swapped, 1 - s, s)
     if scale == 1:
         released = conditional
     elif per_token or (gain.abs() - 1).abs().max() > 1e-3:
         return None  # how a rescaled combination depends on the scale is not known
     else:
         released = unconditional + scale * (conditional - unconditional)
-    keeps = (current <= scale).view_as(swapped)
-    return torch.where(keeps, model_output, (sign * released).to(model_output.dtype))
+    released = select_rows(gain < 0, -released, released).to(model_output.dtype)
+    return select_rows(current <= scale, model_output, released)
 
 
 def _fit(a: Tensor, b: Tensor, m: Tensor, per_token: bool, eps: float) -> tuple[Tensor, Tensor] | None:

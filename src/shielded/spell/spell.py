@@ -18,6 +18,7 @@ from shielded.core.references import Hits, References, closest
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet
 from shielded.samplers.diffusers import attach
+from shielded.samplers.rows import select_rows
 from shielded.spell.history import History
 from shielded.spell.mask import flatten, unflatten
 from shielded.spell.options import check_options, checked_radius, energy_of, history_of
@@ -326,7 +327,7 @@ class Spell:
                 move = move + margin * _outward(x, move, references, closest(hits, 1))
             batch = None  # pairs once: the protected references have the last word
             moved = (latents.float() + unflatten(move, latents.float(), self.mask)).to(latents.dtype)
-            latents = torch.where((move != 0).any(dim=1).view(-1, *[1] * (latents.ndim - 1)), moved, latents)
+            latents = select_rows((move != 0).any(dim=1), moved, latents)
         return latents
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
