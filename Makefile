@@ -23,8 +23,9 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 demo: .venv/.installed
 	.venv/bin/shielded demo --out $(OUT) --overwrite
 
+# One process per core: most tests are many small operations on one thread.
 test: .venv/.developing lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
 
 docs: .venv/.developing
 	.venv/bin/mkdocs build --strict

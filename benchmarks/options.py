@@ -19,7 +19,7 @@ from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score, frechet_distance, vendi
 from shielded.files import replacing
 from shielded.generation import Generated, generate
-from shielded.models import EMOJI, GUIDANCE, load
+from shielded.models import EMOJI, PRESETS, load
 
 SEEDS = 8
 PROTECTION = {
@@ -68,7 +68,7 @@ class Study:
                         [caption] * size,
                         list(some),
                         spell,
-                        guidance_scale=GUIDANCE["emoji"],
+                        guidance_scale=PRESETS["emoji"].guidance,
                         progress=False,
                     )
                 )

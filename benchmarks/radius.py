@@ -20,7 +20,7 @@ from shielded.cli import app
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score
 from shielded.generation import generate
-from shielded.models import EMOJI, GUIDANCE, load
+from shielded.models import EMOJI, PRESETS, load
 
 LEVELS = ((1.0, 0.8), (0.8, 0.6), (0.6, 0.4), (0.4, 0.2), (0.2, 0.0))
 
@@ -60,7 +60,7 @@ def posterior(out: Path, radii: list[float]) -> str:
     for radius, schedule in [(radii[0], None), *((radius, schedule) for radius in radii for schedule in schedules)]:
         spell = None if schedule is None else Spell(protected, radius, batch=False, **schedules[schedule])
         made = generate(
-            pipe, prompts, list(range(16)), spell, label=schedule or "plain", guidance_scale=GUIDANCE["emoji"]
+            pipe, prompts, list(range(16)), spell, label=schedule or "plain", guidance_scale=PRESETS["emoji"].guidance
         )
         nearest = protected.nearest_rows(made.latents)[0][:, 0]
         inside = (nearest < radius).sum().item() if spell else ""

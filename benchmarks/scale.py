@@ -28,7 +28,7 @@ from PIL import Image
 from shielded import LatentSpace, ProtectedSet, Spell
 from shielded.files import replace_section, write_json
 from shielded.generation import distributed, generate
-from shielded.models import GUIDANCE, load
+from shielded.models import PRESETS, load
 from shielded.protected import store, writer
 from shielded.protected.ray.ingest import encoded_rows
 from shielded.protected.ray.search import ClusterSnapshot
@@ -78,7 +78,7 @@ def one_process(out: Path, images: int, steps: int) -> None:
     device = distributed.join("cpu")
     pipe = load("emoji", "cpu")
     spell = Spell(radius=26.0)
-    options = {"steps": steps, "guidance_scale": GUIDANCE["emoji"], "progress": False, "batch_size": images}
+    options = {"steps": steps, "guidance_scale": PRESETS["emoji"].guidance, "progress": False, "batch_size": images}
 
     def job() -> None:
         generate(pipe, ["red heart"] * images, list(range(images)), spell, processes=device is not None, **options)

@@ -33,7 +33,7 @@ from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score, frechet_distance, precision_recall
 from shielded.files import replacing, write_json
 from shielded.generation import generate
-from shielded.models import EMOJI, GUIDANCE, load
+from shielded.models import EMOJI, PRESETS, load
 
 METHODS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "no SPELL": (None, "report"),
@@ -116,7 +116,7 @@ class Study:
             on_leak=on_leak,
             attempts=self.args.attempts,
             log=note,
-            guidance_scale=GUIDANCE["emoji"],
+            guidance_scale=PRESETS["emoji"].guidance,
         )
         decoded = self.space.encode(made.images)  # also where it was measured on the way: the final word
         features = self.encoder.image_features(made.images)
@@ -205,8 +205,9 @@ def main() -> None:
             "",
             f"Embedded model, all {len(study.protected):,} training pictures protected with r = {args.radius:g}; "
             f"{count:,} images ({args.prompts} prompts, {args.images} seeds each), {args.steps} steps of DPM-Solver++ "
-            f"(2M), guidance {GUIDANCE['emoji']:g}; written by `python benchmarks/shielding.py --data emoji128.tar "
-            f"--work runs/shielding --prompts {args.prompts} --images {args.images} --out docs/shielding.md`.",
+            f"(2M), guidance {PRESETS['emoji'].guidance:g}; written by `python benchmarks/shielding.py "
+            f"--data emoji128.tar --work runs/shielding --prompts {args.prompts} --images {args.images} "
+            "--out docs/shielding.md`.",
             "",
             "Inside a shield: the finished latents, and the decoded picture encoded again, each measured exactly "
             "against the whole set. Refused images are not counted in the other columns. Precision and Fréchet "

@@ -85,8 +85,8 @@ def protect(given: str | None, model: str, count: int, device: str, repeats: int
     from shielded.latent_space import to_pixels
     from shielded.models import load
     from shielded.protected.ingest import sources
-    from shielded.protected.ingest.encoding import encode
-    from shielded.protected.ingest.pictures import decode
+    from shielded.protected.ingest.encoding import encode_pixels
+    from shielded.protected.ingest.pictures import decode_picture
 
     with tempfile.TemporaryDirectory() as folder:
         if given is None:
@@ -96,7 +96,7 @@ def protect(given: str | None, model: str, count: int, device: str, repeats: int
         space = stable_diffusion_space(device) if model == "sd" else LatentSpace.of(load(model, device))
         chosen = list(islice(sources.pictures(given), count))
         start = time.perf_counter()
-        pixels = torch.stack([to_pixels(decode(picture.read()), space.image_size) for picture in chosen])
+        pixels = torch.stack([to_pixels(decode_picture(picture.read()), space.image_size) for picture in chosen])
         decoding = (time.perf_counter() - start) / len(chosen)
         listed = iter(lambda: iter(chosen), None)
         original, sources.pictures = sources.pictures, lambda _: next(listed)
@@ -104,7 +104,7 @@ def protect(given: str | None, model: str, count: int, device: str, repeats: int
         for repeat in range(repeats + 1):
             start = time.perf_counter()
             for batch in pixels.split(32):
-                encode(space, list(batch))
+                encode_pixels(space, list(batch))
             raw = len(chosen) / (time.perf_counter() - start)
             protected = ProtectedSet.create(Path(folder) / f"set{repeat}", space, torch.float16)
             start = time.perf_counter()

@@ -20,7 +20,7 @@ from helpers.ideal import Ideal
 from shielded import LatentSpace, ProtectedSet, RepelledDenoiser, Spell
 from shielded.cli import app
 from shielded.generation import distributed, generate
-from shielded.models import GUIDANCE, load
+from shielded.models import PRESETS, load
 
 SEEDS = [0, 1, 2, 3, 4]  # of which no batch can be split evenly
 PROMPTS = ["pizza", "red heart", "red heart", "pizza", "cat face"]
@@ -71,7 +71,7 @@ def everything(folder, processes):
     """All results of one or of several processes, in a folder; the set of protected images is there already."""
     tensors, told = {}, {}
     pipe = load("emoji", "cpu")
-    options = {"steps": STEPS, "guidance_scale": GUIDANCE["emoji"], "progress": False, "processes": processes}
+    options = {"steps": STEPS, "guidance_scale": PRESETS["emoji"].guidance, "progress": False, "processes": processes}
     protected = ProtectedSet.open(folder / "set")
     spells = {
         "plain": (None, slice(5)),
@@ -185,7 +185,9 @@ def folder(tmp_path_factory):
     """With a protected set of two of the images that the plain model makes."""
     folder = tmp_path_factory.mktemp("processes")
     pipe = load("emoji", "cpu")
-    plain = generate(pipe, ["red heart"] * 2, SEEDS[1:3], steps=STEPS, guidance_scale=GUIDANCE["emoji"], progress=False)
+    plain = generate(
+        pipe, ["red heart"] * 2, SEEDS[1:3], steps=STEPS, guidance_scale=PRESETS["emoji"].guidance, progress=False
+    )
     protected = ProtectedSet.create(folder / "set", LatentSpace.of(pipe))
     protected.add(LatentSpace.of(pipe).encode(plain.images), ["one", "two"], 16.0)
     return folder

@@ -10,7 +10,7 @@ import torch
 
 from helpers.pipelines import dit
 from shielded import LatentSpace
-from shielded.models import EMOJI, GUIDANCE, PRESETS, load, names, table
+from shielded.models import EMOJI, PRESETS, guidance_call, guidance_option, load, names, table
 
 DOCS = Path(__file__).parents[2] / "docs/models.md"
 
@@ -71,7 +71,9 @@ def test_embedded_preset_is_the_model_in_the_package():
     preset, space = PRESETS["emoji"], LatentSpace.of(load("emoji", device="cpu"))
     assert preset.source == EMOJI
     assert preset.image_size == space.image_size
-    assert GUIDANCE["emoji"] == preset.guidance == 3.0
+    assert (
+        guidance_call(load("emoji", "cpu"), "emoji") == {"guidance_scale": preset.guidance} == {"guidance_scale": 3.0}
+    )
 
 
 def test_radius_of_the_paper():
@@ -81,9 +83,10 @@ def test_radius_of_the_paper():
         assert "untested" in preset.evidence or preset in (PRESETS["emoji"], PRESETS["sd3"])
 
 
-def test_guidance_of_other_names_is_left_out():
-    assert "qwen-image" not in GUIDANCE
-    assert PRESETS["qwen-image"].guidance_option == "true_cfg_scale"
+def test_guidance_of_other_names():
+    assert guidance_call(diffusers.QwenImagePipeline, "qwen-image") == {"true_cfg_scale": 4.0}
+    assert guidance_call(diffusers.QwenImagePipeline, "someone/something") == {}
+    assert guidance_call(diffusers.QwenImagePipeline, "someone/something", 2.0) == {"true_cfg_scale": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -107,9 +110,10 @@ def test_guidance_of_other_names_is_left_out():
 def test_options_exist_in_the_pipelines(names, pipeline):
     """What a preset says can be passed to the pipeline that its model is made for."""
     parameters = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    option = guidance_option(getattr(diffusers, pipeline))
     for name in names:
         preset = PRESETS[name]
-        assert {"num_inference_steps", preset.guidance_option} <= parameters.keys()
+        assert {"num_inference_steps", option} <= parameters.keys()
         assert (preset.num_frames is not None) == ("num_frames" in parameters)
         default = parameters["height"].default if "height" in parameters else None
         assert default in (None, preset.image_size[0]) or "height" in preset.note

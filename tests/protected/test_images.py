@@ -232,12 +232,12 @@ def check_set(protected, folder, ids, origins):
 def test_tar_archives(folder, tar, space, tmp_path):
     for given in (tar, tar.parent, tar.parent / "*.tar"):
         protected = ProtectedSet.create(tmp_path / "set", space, overwrite=True)
-        assert add_images(protected, given, batch_size=2).added == sources.count(given) == 3
+        assert add_images(protected, given, batch_size=2).added == sources.count_pictures(given) == 3
         check_set(protected, folder, [f"00000/0000{n}" for n in range(3)], [f"{tar}/0000{n}.png" for n in range(3)])
     packed = tar.with_name("packed.tar.gz")
     with tarfile.open(packed, "w:gz") as archive:
         archive.add(folder / "a.png", "a.png")
-    assert sources.count(packed) is None
+    assert sources.count_pictures(packed) is None
     assert [picture.name for picture in sources.pictures(packed)] == ["packed/a"]
 
 
@@ -275,7 +275,7 @@ def test_parquet_and_saved_datasets(folder, space, tmp_path):
     (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     for file in ("train.parquet", "data-00000-of-00001.arrow"):
         protected = ProtectedSet.create(tmp_path / "set", space, overwrite=True)
-        assert add_images(protected, saved / file).added == sources.count(saved / file) == 3
+        assert add_images(protected, saved / file).added == sources.count_pictures(saved / file) == 3
         stem = Path(file).stem
         check_set(protected, folder, [f"{stem}/{n}" for n in range(3)], [f"{saved / file}/{n}" for n in range(3)])
     assert [Path(picture.source).parent.name for picture in sources.pictures(saved)] == [

@@ -287,7 +287,7 @@ def content(protected):
     return list(zip(protected.ids, protected.sources, protected.sha256, strict=True))
 
 
-class KilledOnce(ingest.Encoder):
+class KilledOnce(ingest.EncodingActor):
     """The first batch of all is never finished."""
 
     def __call__(self, table):
@@ -300,7 +300,7 @@ class KilledOnce(ingest.Encoder):
 
 def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp_path, monkeypatch):
     # Who reads the pipe waits for somebody who writes into it: meanwhile it is killed. So is an encoder at its work.
-    monkeypatch.setattr(ingest, "Encoder", KilledOnce)
+    monkeypatch.setattr(ingest, "EncodingActor", KilledOnce)
     KilledOnce.marker = tmp_path / "killed"
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from helpers.browser import chromium
-from shielded.models import GUIDANCE, load
+from shielded.models import PRESETS, load
 
 gradio = pytest.importorskip("gradio")
 
@@ -26,7 +26,7 @@ def pipe():
 
 @pytest.fixture
 def session(pipe):
-    session = Session(pipe, "emoji", {"guidance_scale": GUIDANCE["emoji"]})
+    session = Session(pipe, "emoji", {"guidance_scale": PRESETS["emoji"].guidance})
     yield session
     session.close()
 

@@ -49,7 +49,7 @@ def program(
     settings.used = None if context.resilient_parsing else settings.find()
     if settings.used is not None:
         try:
-            defaults = settings.read(settings.used, context, getattr(context.command, "commands", {}))
+            defaults = settings.read_settings(settings.used, context, getattr(context.command, "commands", {}))
         except settings.SettingsError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from None

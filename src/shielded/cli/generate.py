@@ -16,8 +16,8 @@ from shielded.cli.options import (
     OnLeak,
     Out,
     Overwrite,
-    OwnSteps,
-    OwnStrength,
+    PresetOvercompensation,
+    PresetSteps,
     Seed,
     UsageError,
     check_out,
@@ -40,11 +40,11 @@ def generate(
         typer.Option(metavar="R", callback=positive, help="Radius (latent L2); default: the set's or model's."),
     ] = None,
     seed: Seed = 0,
-    steps: OwnSteps = None,
+    steps: PresetSteps = None,
     guidance: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Guidance scale; default: the model's.")
     ] = None,
-    overcompensation: OwnStrength = None,
+    overcompensation: PresetOvercompensation = None,
     window_end: Annotated[
         float | None,
         typer.Option(metavar="T", min=0, max=0.99, help="Push above noise level T; default 0, without a set 0.85."),

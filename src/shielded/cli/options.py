@@ -56,13 +56,13 @@ Model = Annotated[
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Offset added to all seeds.", callback=_seed)]
 Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Number of sampling steps.")]
-OwnSteps = Annotated[
+PresetSteps = Annotated[
     int | None, typer.Option("--steps", metavar="N", min=1, help="Sampling steps; default: the model's, else 25.")
 ]
 Strength = Annotated[
     float, typer.Option("--overcompensation", metavar="X", help="Factor λ of the correction.", callback=positive)
 ]
-OwnStrength = Annotated[
+PresetOvercompensation = Annotated[
     float | None,
     typer.Option("--overcompensation", metavar="X", help="Factor λ; default: 1.6, without a set 5.", callback=positive),
 ]

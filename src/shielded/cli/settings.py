@@ -26,7 +26,7 @@ def find() -> Path | None:
     return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
 
 
-def read(path: Path, context: typer.Context, commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def read_settings(path: Path, context: typer.Context, commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Read the defaults of each command.
 
     Options outside of tables apply to every command that has them; a table with a command's name applies to it alone.

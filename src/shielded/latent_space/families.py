@@ -133,7 +133,7 @@ def statistics(vae: Any, patch: int | None) -> dict[str, Any]:
     return {"scaling": scaling, "mean": tuple(mean), "std": tuple(std)}
 
 
-def encode(vae: Any, pixels: Tensor) -> Tensor:
+def vae_encode(vae: Any, pixels: Tensor) -> Tensor:
     """Encode pixels (B, 3, [F,] height, width) as the mode (B, C, [F,] h, w) of the encoder's distribution."""
     image = AUTOENCODERS.get(type(vae).__name__, False) and pixels.ndim == 4
     output = vae.encode(pixels.unsqueeze(2) if image else pixels)
@@ -144,7 +144,7 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     return z.squeeze(2) if image else z
 
 
-def decode(vae: Any, z: Tensor) -> Tensor:
+def vae_decode(vae: Any, z: Tensor) -> Tensor:
     """Decode latents (B, C, [F,] h, w) to pixels (B, 3, [F,] height, width)."""
     name = type(vae).__name__
     image = AUTOENCODERS.get(name, False) and z.ndim == 4

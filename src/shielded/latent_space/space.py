@@ -212,7 +212,7 @@ class LatentSpace:
                 batch = images[start : start + batch_size]
                 if not isinstance(batch, Tensor):
                     batch = torch.stack([clip_to_pixels(item, image_size, self.num_frames) for item in batch])
-                z = families.encode(vae, batch.to(device, dtype)).float().cpu()
+                z = families.vae_encode(vae, batch.to(device, dtype)).float().cpu()
                 latents.append(((z if self.patch is None else families.pack(z, self.patch)) - mean) * scale)
         return torch.cat(latents)
 
@@ -242,7 +242,7 @@ class LatentSpace:
                 z = batch.detach().float().cpu() / scale + mean
                 if self.patch is not None:
                     z = families.unpack(z, self.patch, families.grid(vae, image_size, self.num_frames))
-                pixels = families.decode(vae, z.to(device, dtype)).float().cpu()
+                pixels = families.vae_decode(vae, z.to(device, dtype)).float().cpu()
                 images += [to_pil(clip) for clip in pixels.transpose(1, 2)] if pixels.ndim == 5 else to_pil(pixels)
         return images
 

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from shielded.models.loading import GUIDANCE, call_options, load, locate, names
+    from shielded.models.guidance import GUIDANCE_OPTIONS, guidance_option
+    from shielded.models.loading import call_options, guidance_call, load, locate, names
     from shielded.models.presets import EMOJI, PRESETS, VARIETY, VARIETY_RADIUS, Preset, preset_of, table
 
 DEFAULT_MODEL: Final = "emoji"  # the embedded model; the features of its encoder have the same name
@@ -14,12 +15,14 @@ DEFAULT_MODEL: Final = "emoji"  # the embedded model; the features of its encode
 # Imported on first access (PEP 562): the command line needs DEFAULT_MODEL and not torch.
 _PUBLIC = {
     "EMOJI": "shielded.models.presets",
-    "GUIDANCE": "shielded.models.loading",
+    "GUIDANCE_OPTIONS": "shielded.models.guidance",
     "PRESETS": "shielded.models.presets",
     "VARIETY": "shielded.models.presets",
     "VARIETY_RADIUS": "shielded.models.presets",
     "Preset": "shielded.models.presets",
     "call_options": "shielded.models.loading",
+    "guidance_call": "shielded.models.loading",
+    "guidance_option": "shielded.models.guidance",
     "load": "shielded.models.loading",
     "locate": "shielded.models.loading",
     "names": "shielded.models.loading",
@@ -29,12 +32,14 @@ _PUBLIC = {
 __all__ = [
     "DEFAULT_MODEL",
     "EMOJI",
-    "GUIDANCE",
+    "GUIDANCE_OPTIONS",
     "PRESETS",
     "VARIETY",
     "VARIETY_RADIUS",
     "Preset",
     "call_options",
+    "guidance_call",
+    "guidance_option",
     "load",
     "locate",
     "names",

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 
 from shielded.models import DEFAULT_MODEL
+from shielded.models.guidance import guidance_option
 from shielded.models.presets import PRESETS, preset_of
-
-GUIDANCE: dict[str, float] = {
-    name: preset.guidance
-    for name, preset in PRESETS.items()
-    if preset.guidance is not None and preset.guidance_option == "guidance_scale"
-}
 
 
 def names() -> list[str]:
@@ -79,21 +74,28 @@ def locate(model: str) -> str | Path:
     return model
 
 
-def call_options(model: str, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+def call_options(pipe: Any, model: str, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
     """Return the options of a pipeline call besides prompt and seed.
 
     Args:
+        pipe: the model's pipeline.
         model: as `load` takes it.
         steps: sampler steps; None: the preset's, or 25.
         guidance: guidance scale; None: the preset's, or the pipeline's default.
     """
-    preset = preset_of(model)
-    options: dict[str, Any] = {"steps": steps or preset.steps}
-    if guidance is not None:
-        options[preset.guidance_option] = guidance
-    elif model in GUIDANCE:
-        options["guidance_scale"] = GUIDANCE[model]
-    return options
+    return {"steps": steps or preset_of(model).steps, **guidance_call(pipe, model, guidance)}
+
+
+def guidance_call(pipe: Any, model: str, guidance: float | None = None) -> dict[str, Any]:
+    """Return the guidance scale as a keyword argument of the pipeline; empty: the pipeline's default.
+
+    Args:
+        pipe: the model's pipeline.
+        model: as `load` takes it.
+        guidance: guidance scale; None: the preset's.
+    """
+    scale = preset_of(model).guidance if guidance is None else guidance
+    return {} if scale is None else {guidance_option(pipe): scale}
 
 
 def _import(folder: Path) -> None:

@@ -37,7 +37,6 @@ class Preset:
         num_frames: frames of a video; None: the model makes images.
         radius: suggested distance to keep between images of one prompt, to the end; L2 divided by √dim.
         evidence: where the radius comes from.
-        guidance_option: the pipeline's argument for the guidance scale.
         note: what else a call needs.
         prompt: a prompt that the model draws well, as a default in forms.
         captions: text file with one caption of the training images per line; None: not known.
@@ -60,7 +59,6 @@ class Preset:
     num_frames: int | None = None
     radius: float = 0.78
     evidence: str = UNTESTED
-    guidance_option: str = "guidance_scale"
     note: str = ""
     prompt: str = ""
     captions: Path | None = None
@@ -77,10 +75,6 @@ class Preset:
     def embedded(self) -> bool:
         """Whether the model is a folder of this package."""
         return isinstance(self.source, Path)
-
-    def guidance_call(self) -> dict[str, float]:
-        """Return the guidance scale as a keyword argument of the pipeline; empty: the pipeline's default."""
-        return {} if self.guidance is None else {self.guidance_option: self.guidance}
 
     def read_captions(self) -> list[str]:
         """Read the captions that the model was trained on; empty if they are not known."""
@@ -133,7 +127,6 @@ PRESETS = {
         50,
         4.0,
         (1024, 1024),
-        guidance_option="true_cfg_scale",
         note="guidance needs negative_prompt, one per prompt",
     ),
     "z-image-turbo": Preset("Tongyi-MAI/Z-Image-Turbo", _BFLOAT, 8, 0.0, (1024, 1024)),

@@ -16,7 +16,7 @@ from torch import Tensor
 from shielded.files import write_json
 from shielded.generation import generate
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, GUIDANCE, load, preset_of
+from shielded.models import DEFAULT_MODEL, guidance_call, load, preset_of
 from shielded.protected import ProtectedSet
 from shielded.radius.choose import (
     diversity_radius,
@@ -80,7 +80,7 @@ def calibrate(
     with open_pictures(space, protect, images, progress) as pictures:
         plain = torch.empty(0, *space.shape)
         if texts:
-            options: dict[str, Any] = {"guidance_scale": GUIDANCE[model]} if model in GUIDANCE else {}
+            options = guidance_call(pipe, model)
             # Seeds differ between prompts too, so that no two images start from the same noise.
             numbers = list(range(seed, seed + len(texts)))
             plain = generate(pipe, texts, numbers, None, steps, label="plain", progress=progress, **options).latents

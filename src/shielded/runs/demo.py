@@ -8,7 +8,7 @@ from typing import Any, cast
 from shielded.generation import Generated
 from shielded.generation.repair import OnLeak
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, load, preset_of
+from shielded.models import DEFAULT_MODEL, guidance_call, load
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import make_pair, spell_arguments
@@ -59,7 +59,7 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     pipe = load(DEFAULT_MODEL, device)
     space = LatentSpace.of(pipe)
-    options: dict[str, Any] = {"steps": steps, **preset_of(DEFAULT_MODEL).guidance_call()}
+    options: dict[str, Any] = {"steps": steps, **guidance_call(pipe, DEFAULT_MODEL)}
     every_prompt = [prompt for prompt in prompts for _ in SEEDS]
     every_seed = [seed + s for _ in prompts for s in SEEDS]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shielded.evaluation.encoder import encoder_of
-from shielded.generation import Generated, distributed, generate, guidance_option
+from shielded.generation import Generated, distributed, generate
 from shielded.generation.repair import OnLeak, check_on_leak
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, VARIETY, VARIETY_RADIUS, call_options, load, preset_of
@@ -73,9 +73,7 @@ def run(
     spell = Spell(
         protected, radius, batch=protected is None, **push, radius_schedule=radius_schedule, calibration=error
     )
-    options = call_options(model, steps)
-    if guidance is not None:
-        options[guidance_option(pipe)] = guidance
+    options = call_options(pipe, model, steps, guidance)
     folder = RunFolder(out, write=distributed.is_main())
     report = make_pair(
         pipe,

@@ -10,7 +10,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, load, preset_of
+from shielded.models import DEFAULT_MODEL, guidance_call, load, preset_of
 from shielded.runs.report import trace_plot
 from shielded.studio.session import COLUMNS, Result, Session, Settings
 
@@ -40,7 +40,7 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
     """
     pipe = load(model, device)
     preset = preset_of(model)
-    options = preset.guidance_call()
+    options = guidance_call(pipe, model)
     space = LatentSpace.of(pipe)
     running = threading.Lock()  # one model, one sampling at a time
 

@@ -25,7 +25,7 @@ from shielded.evaluation.baselines import method
 from shielded.evaluation.extractors import Features, features
 from shielded.evaluation.metrics import caption_score, nearest_distance
 from shielded.files import replacing, sha256
-from shielded.models import DEFAULT_MODEL, load, preset_of
+from shielded.models import DEFAULT_MODEL, guidance_call, load, preset_of
 
 REFERENCE_SEED = 1_000_000  # first seed of plain reference images, far from those of any experiment
 _SEED_STRIDE = 10_000  # image j of seed s is sampled with seed s * 10,000 + j
@@ -81,7 +81,6 @@ class Study:
         preset = preset_of(self.model)
         self.sampler = preset.study_sampler
         self.steps = self.steps or preset.study_steps or preset.steps
-        self.call = preset.guidance_call()
 
     @cached_property
     def pipe(self) -> Any:
@@ -95,6 +94,11 @@ class Study:
             for part in (pipe.unet, pipe.vae):
                 part.to(memory_format=torch.channels_last)
         return pipe
+
+    @cached_property
+    def call(self) -> dict[str, Any]:
+        """Return the guidance scale as a keyword argument of the pipeline; empty: the pipeline's default."""
+        return guidance_call(self.pipe, self.model)
 
     @cached_property
     def features(self) -> Features:

@@ -18,7 +18,15 @@ from tqdm import tqdm
 from shielded.latent_space import LatentSpace, to_pixels
 from shielded.protected.columns import Id
 from shielded.protected.ingest import sources
-from shielded.protected.ingest.pictures import MIRRORED, Picture, decode, in_threads, is_mirrored, skip, unique_name
+from shielded.protected.ingest.pictures import (
+    MIRRORED,
+    Picture,
+    decode_picture,
+    in_threads,
+    is_mirrored,
+    skip,
+    unique_name,
+)
 from shielded.protected.ingest.sources import Paths
 from shielded.protected.protected_set import ProtectedSet
 
@@ -81,13 +89,13 @@ def add_images(
     space.encode([])  # refuses a space without an autoencoder before anything is read
     sources.require_images(paths)
     result = AddedImages()
-    total = sources.count(paths) if progress else None
+    total = sources.count_pictures(paths) if progress else None
     bar = tqdm(total=total, desc="protect", unit="image", disable=not progress)
     missing = _missing_images(protected, paths, space, mirror, strict, batch_size, result, bar)
     with bar, closing(missing), Saver(protected, radius, result) as saver:
         # Whole batches are saved, so that a resumed run forms the same batches as one that was not interrupted.
         while batch := list(islice(missing, batch_size)):
-            saver.append([image for image, _ in batch], encode(space, [pixels for _, pixels in batch]))
+            saver.append([image for image, _ in batch], encode_pixels(space, [pixels for _, pixels in batch]))
     return result
 
 
@@ -95,10 +103,10 @@ def pixels_of(data: bytes, space: LatentSpace) -> Tensor:
     """Decode an image file to pixels (3, H, W) of the image size of a space."""
     if space.image_size is None:
         raise ValueError("the latent space has no image size.")
-    return to_pixels(decode(data), space.image_size)
+    return to_pixels(decode_picture(data), space.image_size)
 
 
-def encode(space: LatentSpace, pixels: list[Tensor]) -> Tensor:
+def encode_pixels(space: LatentSpace, pixels: list[Tensor]) -> Tensor:
     """Encode pixels (3, H, W) each as one batch of latents (n, *shape)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a batch of bright images is no mistake

@@ -37,7 +37,7 @@ class Picture:
     read: Callable[[], bytes]
 
 
-def decode(data: bytes) -> Image.Image:
+def decode_picture(data: bytes) -> Image.Image:
     """Decode an image file, turned upright as its EXIF data says, in RGB."""
     with Image.open(io.BytesIO(data)) as image:
         return to_rgb(ImageOps.exif_transpose(image))

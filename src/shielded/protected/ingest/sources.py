@@ -20,7 +20,7 @@ from shielded.protected.ingest.archives import (
     table_pictures,
     tar_pictures,
 )
-from shielded.protected.ingest.pictures import Picture, decode, skip, unique_name
+from shielded.protected.ingest.pictures import Picture, decode_picture, skip, unique_name
 
 Paths = str | Path | Iterable[str | Path]
 
@@ -91,7 +91,7 @@ def pictures_in(name: str, path: str) -> Iterator[Picture]:
         yield Picture(name, path, Path(path).read_bytes)
 
 
-def count(paths: Paths) -> int | None:
+def count_pictures(paths: Paths) -> int | None:
     """Count the images without reading them; None if an archive would have to be decompressed."""
     total = 0
     for _, path in files(paths):
@@ -125,7 +125,7 @@ def load_images(
     for name, path in find_images(paths):
         try:
             data = path.read_bytes()
-            image = decode(data)
+            image = decode_picture(data)
         except Exception as error:  # decoders raise all kinds of errors on broken files
             skip(str(path), error, strict, skipped)
         else:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from shielded.latent_space import LatentSpace
 from shielded.protected.ingest import sources
-from shielded.protected.ingest.encoding import AddedImages, EncodedImage, KnownImages, Saver, encode, pixels_of
+from shielded.protected.ingest.encoding import AddedImages, EncodedImage, KnownImages, Saver, encode_pixels, pixels_of
 from shielded.protected.ingest.pictures import Picture, skip
 from shielded.protected.ingest.sources import Paths
 from shielded.protected.protected_set import ProtectedSet
@@ -68,7 +68,7 @@ def add_images_on_cluster(
     sources.require_images(paths)
     connect(address)
     result = AddedImages()
-    total = sources.count(paths) if progress else None
+    total = sources.count_pictures(paths) if progress else None
     encoded = encoded_rows(protected, paths, model, batch_size, mirror)
     with (
         tqdm(total=total, desc="protect", unit="image", disable=not progress) as bar,
@@ -134,7 +134,7 @@ def encoded_rows(
     reader: Any = _read  # Ray's types know functions of one argument alone
     read = data.map_batches(reader, batch_size=1, batch_format="pyarrow", num_cpus=0.5, fn_kwargs={"known": known})
     encoded = read.map_batches(
-        Encoder,
+        EncodingActor,
         batch_size=batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -198,7 +198,7 @@ def _read_one(picture: Picture, known: np.ndarray) -> dict[str, Any]:
     return row | {"sha256": digest, "data": b"" if _is_known(digest, known) else data}
 
 
-class Encoder:
+class EncodingActor:
     """Keep a model loaded in a worker, and encode tables that `_read` made.
 
     Args:
@@ -243,7 +243,7 @@ class Encoder:
             return error
 
     def _encode(self, rows: list[dict[str, Any]], pixels: list[Tensor], name: str) -> None:
-        for row, latent in zip(rows, encode(self._space, pixels), strict=True):
+        for row, latent in zip(rows, encode_pixels(self._space, pixels), strict=True):
             row[name] = latent.numpy().tobytes()
 
 

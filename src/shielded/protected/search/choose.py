@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shielded._extras import missing
 from shielded.protected.search import device
-from shielded.protected.search.interface import ExactSearch, Pairs, Vectors, joined, live_rows
+from shielded.protected.search.interface import ExactSearch, Pairs, SearchableVectors, joined, live_rows
 from shielded.protected.search.whole import WholeSearch
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ class Search:
     """
 
     def __init__(
-        self, vectors: Vectors, index_paths: Sequence[Path], shape: tuple[int, ...], memory: int = MEMORY_BYTES
+        self,
+        vectors: SearchableVectors,
+        index_paths: Sequence[Path],
+        shape: tuple[int, ...],
+        memory: int = MEMORY_BYTES,
     ) -> None:
         self._vectors, self._paths, self._shape, self._memory = vectors, list(index_paths), tuple(shape), memory
         self._count = len(live_rows(vectors))

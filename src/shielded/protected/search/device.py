@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shielded.protected.search.interface import Pairs, Vectors, joined, live_rows, shrunk, sorted_pairs
+from shielded.protected.search.interface import Pairs, SearchableVectors, joined, live_rows, shrunk, sorted_pairs
 
 _MAX_ARRAY_NUMBERS = 1 << 26  # numbers in the largest temporary array
 _MIN_MEASURED_PAIRS = 32  # pairs of each query that a nearest-neighbour search measures first
@@ -34,7 +34,7 @@ class DeviceSearch:
         device: holds the copy, and the queries of each search.
     """
 
-    def __init__(self, vectors: Vectors, device: torch.device) -> None:
+    def __init__(self, vectors: SearchableVectors, device: torch.device) -> None:
         self._latents = _copied(vectors, device)
         step = max(1, _MAX_ARRAY_NUMBERS // max(1, self._latents.shape[1]))
         self._squared = torch.cat([part.double().square().sum(1) for part in self._latents.split(step)])
@@ -140,13 +140,13 @@ class DeviceSearch:
         return distance
 
 
-def fits(vectors: Vectors, device: torch.device) -> bool:
+def fits(vectors: SearchableVectors, device: torch.device) -> bool:
     """Say whether a CUDA device has room for a copy of the references."""
     size = len(live_rows(vectors)) * vectors.shape[1] * vectors.parts()[0][1].itemsize
     return size <= _MAX_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def _copied(vectors: Vectors, device: torch.device) -> Tensor:
+def _copied(vectors: SearchableVectors, device: torch.device) -> Tensor:
     """Copy the rows that have not been removed to a device, shard by shard."""
     parts = vectors.parts()
     dtype = torch.from_numpy(np.empty(0, parts[0][1].dtype)).dtype

@@ -14,7 +14,7 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 _MAX_CACHED_NUMBERS = 1 << 18  # numbers that stay in a processor's cache from one operation to the next
 
 
-class Vectors(Protocol):
+class SearchableVectors(Protocol):
     """The references of a set as they are stored."""
 
     alive: np.ndarray | None
@@ -64,7 +64,7 @@ class ExactSearch(Protocol):
         ...
 
 
-def live_rows(vectors: Vectors) -> np.ndarray:
+def live_rows(vectors: SearchableVectors) -> np.ndarray:
     """List the stored rows that have not been removed: the stored row of each row."""
     return np.arange(vectors.shape[0]) if vectors.alive is None else np.flatnonzero(vectors.alive)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shielded.protected.search.interface import (
     Pairs,
-    Vectors,
+    SearchableVectors,
     exact_distances,
     float64,
     joined,
@@ -39,7 +39,7 @@ class WholeSearch:
         in_memory: keep all rows in memory as float32; False: read them from the shards for each search.
     """
 
-    def __init__(self, vectors: Vectors, in_memory: bool) -> None:
+    def __init__(self, vectors: SearchableVectors, in_memory: bool) -> None:
         self._vectors, self._in_memory, self._stored = vectors, in_memory, live_rows(vectors)
 
     def within(self, x: Tensor, radius: np.ndarray, shrink: np.ndarray | None, nearest: int | None) -> Pairs:

@@ -13,7 +13,7 @@ from PIL import Image
 from shielded.runs.report.plots import distance_plot, known, trace_plot
 from shielded.runs.report.rows import Diversity, Figure, Row, by_prompt, number
 from shielded.runs.report.script import script_of
-from shielded.runs.report.summary import count
+from shielded.runs.report.summary import counted
 
 _MAX_EMBEDDED_PIXELS = 512  # longer side: larger pictures are scaled down, so that the page stays a few megabytes
 _MAX_LOSSLESS_PIXELS = 128  # longer side
@@ -91,7 +91,7 @@ def _diversity(diversity: Diversity | None) -> dict[str, object]:
         for seed, before, after in zip(d.seeds, d.without, d.with_, strict=True)
     ]
     return {
-        "text": f"One batch of {count(len(d.seeds), 'image')}. With SPELL the images of a batch push each other away "
+        "text": f"One batch of {counted(len(d.seeds), 'image')}. With SPELL the images of a batch push each other away "
         f"while they are closer than {number(d.radius)}.",
         "vendi_without": number(d.vendi_without),
         "vendi_with": number(d.vendi_with),
@@ -131,7 +131,7 @@ def _certificates(report: Mapping) -> dict[str, object]:
         return {}
     sets = dict.fromkeys((c.get("protected_set"), c.get("protected_version")) for c in certificates)
     repairs = [
-        f"{count(report[key], 'image')} {how}"
+        f"{counted(report[key], 'image')} {how}"
         for key, how in (("restarted", "left a shield by sampling again"), ("pushed", "by a push at the end"))
         if report.get(key)
     ]

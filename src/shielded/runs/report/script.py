@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from shielded.generation import GUIDANCE_OPTIONS
+from shielded.models import GUIDANCE_OPTIONS
 from shielded.runs.report.rows import Row
 
 _READERS = {"protected": "ProtectedSet", "calibration": "Calibration"}  # setting that is a file -> class that reads it

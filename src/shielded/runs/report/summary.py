@@ -28,7 +28,7 @@ class Fact:
 def lead(report: Mapping) -> str:
     """Summarise the run in one paragraph."""
     n, radius, prompt = report.get("n"), report.get("radius"), report.get("prompt")
-    subject = ("The images" if n is None else count(n, "image")) + (f" of “{prompt}”" if prompt else "")
+    subject = ("The images" if n is None else counted(n, "image")) + (f" of “{prompt}”" if prompt else "")
     verb, seeds = ("was", "seed") if n == 1 else ("were", "seeds")
     sentences = [f"{subject} {verb} generated twice from the same {seeds}: by the model alone, and with SPELL."]
     pairs = report.get("min_pair_distance_without"), report.get("min_pair_distance_with")
@@ -44,7 +44,9 @@ def lead(report: Mapping) -> str:
     refused = len(report.get("refused") or ())
     if refused:
         verb, reason = ("was", "it lies") if refused == 1 else ("were", "they lie")
-        sentences.append(f"{count(refused, 'image')} {verb} refused and not written, because {reason} inside a shield.")
+        sentences.append(
+            f"{counted(refused, 'image')} {verb} refused and not written, because {reason} inside a shield."
+        )
     return " ".join(sentences)
 
 
@@ -54,7 +56,7 @@ def warning(report: Mapping) -> str:
     if not n:
         return ""
     return (
-        f"{count(n, 'image')} with SPELL still {'lies' if n == 1 else 'lie'} inside a shield. "
+        f"{counted(n, 'image')} with SPELL still {'lies' if n == 1 else 'lie'} inside a shield. "
         "The certificates below say which; do not rely on the distance there."
     )
 
@@ -69,7 +71,7 @@ def facts(report: Mapping) -> list[Fact]:
         ("min_decoded_distance", "The same, pictures encoded again", number, reach),
         ("min_pair_distance", "The two images that are most alike", number, f"apart; radius {number(radius)}"),
         ("vendi", "Vendi score", number, "effective number of images"),
-        ("seconds", "Time", lambda seconds: f"{seconds:.1f} s", "" if n is None else f"for {count(n, 'image')}"),
+        ("seconds", "Time", lambda seconds: f"{seconds:.1f} s", "" if n is None else f"for {counted(n, 'image')}"),
     ]
     found = []
     for key, label, write, note in quantities:
@@ -80,6 +82,6 @@ def facts(report: Mapping) -> list[Fact]:
     return found
 
 
-def count(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
     """Write a number of things: "1 image", "2 images"."""
     return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -30,7 +30,7 @@ import torch
 
 from shielded.protected.search.indexed import kernels
 from shielded.protected.search.indexed.index import Index, Projection
-from shielded.protected.search.indexed.kernels import BoundTerms, PrefixQueries, QueryCodes, RowProducts, Rows
+from shielded.protected.search.indexed.kernels import BoundTerms, IndexedRows, PrefixQueries, QueryCodes, RowProducts
 from shielded.protected.search.indexed.simd import LANES
 from shielded.protected.search.interface import Pairs
 
@@ -75,7 +75,7 @@ class Pruner:
         self._cell_starts = np.cumsum([0, *cells])
         self._row_starts = np.cumsum([0, *(len(index.order) for index in indexes)])
         self.rows = [
-            Rows(*(part.numpy() for part in (i.prefix, i.codes, i.scale, i.squared, i.rho, i.code_error)))
+            IndexedRows(*(part.numpy() for part in (i.prefix, i.codes, i.scale, i.squared, i.rho, i.code_error)))
             for i in indexes
         ]
         self.maxima = _CellMaxima(indexes)
@@ -387,7 +387,7 @@ class _QueryBounds:
         kernels.partial_distances(*self._arguments(shard), partial)
         return partial
 
-    def _arguments(self, shard: int) -> tuple[Rows, RowProducts, PrefixQueries, BoundTerms]:
+    def _arguments(self, shard: int) -> tuple[IndexedRows, RowProducts, PrefixQueries, BoundTerms]:
         rows, cells = self._pruner.index_rows(shard), self._pruner.cells_of(shard)
         products = RowProducts(*(part[rows] for part in self.cache.products))
         terms = self._terms._replace(common=self._terms.common[cells])

@@ -135,7 +135,7 @@ class Index:
         return len(self.order) // len(self.low_norm)
 
 
-def build(rows: np.ndarray, projection: Projection) -> Index:
+def build_index(rows: np.ndarray, projection: Projection) -> Index:
     """Build the index of a shard.
 
     Args:
@@ -214,7 +214,7 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.safetensors")
 
 
-def write(path: Path, index: Index) -> None:
+def write_index(path: Path, index: Index) -> None:
     """Write an index, with a digest of its content. Several processes may write the same one; the last one remains."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # `files.replacing` shares one name among processes
     try:
@@ -243,7 +243,7 @@ def _packed(tensors: dict[str, Tensor]) -> bytes:
     return save(tensors, {**metadata, "filling": " " * (-at_codes % _PAGE_BYTES)})
 
 
-def read(path: Path, rows: int, projection: Projection) -> Index | None:
+def read_index(path: Path, rows: int, projection: Projection) -> Index | None:
     """Map an index without reading it; None if the file is missing, damaged or not of this shard."""
     try:
         with safe_open(path, "pt") as file:

@@ -23,7 +23,7 @@ _PREFETCHED_ROWS = 16  # rows whose prefixes are fetched ahead
 _ROWS_PER_PASS = 256  # rows whose products with prefixes stay in a processor's cache
 
 
-class Rows(NamedTuple):
+class IndexedRows(NamedTuple):
     """Rows of a shard's index: see `index.Index`."""
 
     prefix: np.ndarray
@@ -121,7 +121,7 @@ def _bound_cell(first, rows, cached, prefixes, terms, limit, partial, candidates
 
     Args:
         first: first row of the cell.
-        rows: `Rows`.
+        rows: `IndexedRows`.
         cached: `RowProducts`.
         prefixes: `PrefixQueries`.
         terms: addresses of the cell's `BoundTerms`.
@@ -219,7 +219,7 @@ def search(searched, rows, cached, prefixes, terms, queries, limit, cell_minimum
 
     Args:
         searched: (c,) bool, cells to search.
-        rows: `Rows`.
+        rows: `IndexedRows`.
         cached: `RowProducts`, updated.
         prefixes: `PrefixQueries`.
         terms: `BoundTerms` of all cells.

@@ -17,7 +17,7 @@ from shielded.protected.search.indexed.bounds import Pruner
 from shielded.protected.search.indexed.index import Index, Projection
 from shielded.protected.search.interface import (
     Pairs,
-    Vectors,
+    SearchableVectors,
     exact_distances,
     float64,
     joined,
@@ -43,7 +43,9 @@ class IndexedSearch:
         memory: bytes to hold at most, besides queries and answers.
     """
 
-    def __init__(self, vectors: Vectors, index_paths: Sequence[Path], shape: tuple[int, ...], memory: int) -> None:
+    def __init__(
+        self, vectors: SearchableVectors, index_paths: Sequence[Path], shape: tuple[int, ...], memory: int
+    ) -> None:
         self._vectors, self._paths, self._shape, self._memory = vectors, list(index_paths), shape, memory
         self._count = len(live_rows(vectors))
         # The row of each stored row.
@@ -161,16 +163,16 @@ class IndexedSearch:
 
     def _index(self, path: Path, rows: np.ndarray, projection: Projection) -> Index:
         """Map the index of a shard, built first if it is missing; in a temporary folder if the set's is read-only."""
-        found = index.read(path, len(rows), projection)
+        found = index.read_index(path, len(rows), projection)
         if found is not None:
             return found
-        built = index.build(rows, projection)
+        built = index.build_index(rows, projection)
         try:
-            index.write(path, built)
+            index.write_index(path, built)
         except OSError:
             path = Path(self._folder.name) / path.name
-            index.write(path, built)
-        return index.read(path, len(rows), projection) or built
+            index.write_index(path, built)
+        return index.read_index(path, len(rows), projection) or built
 
     @cached_property
     def _folder(self) -> tempfile.TemporaryDirectory[str]:

@@ -3,8 +3,7 @@
 import diffusers
 import pytest
 
-from shielded.generation import guidance_option
-from shielded.models import load
+from shielded.models import guidance_option, load
 
 
 @pytest.mark.parametrize(
