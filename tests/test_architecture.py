@@ -18,7 +18,7 @@ FILES = {
 }
 # From the ground up: a room may import itself and the rooms before it. Rooms of one line do not know each other.
 STOREYS = [
-    ["_extras", "_moved", "files"],
+    ["_extras", "files"],
     ["core"],
     ["latent_space"],
     ["models"],

@@ -1,6 +1,6 @@
 """Keep protected images on disk, and find exactly those that a prediction comes too close to."""
 
-from shielded._moved import alias
+from shielded import alias
 from shielded.core.references import Hits
 from shielded.protected.ingest.encoding import AddedImages, add_images
 from shielded.protected.ingest.job import ProtectResult, protect
