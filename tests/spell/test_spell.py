@@ -306,3 +306,54 @@ def test_an_idle_step_reads_one_boolean_from_the_device(options):
     with HostReads() as reads:
         assert not spell(x0, noise=x0, alpha=0.5, sigma=0.5).any()
     assert reads.count == 1 + 1  # the second is this test's own
+
+
+# What is known to fail is told ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [torch.zeros(5, 1), torch.ones(4, 2), torch.full((3, 1), 1e-25), torch.full((3, 4), 7.0).half()],
+    ids=["line", "plane", "denormal", "half"],
+)
+def test_leave_gives_no_nan_for_equal_rows(latents):
+    left = Spell(latents[:1].float() + 1e-26, 1.5).leave(latents)
+    assert left.dtype == latents.dtype
+    assert torch.isfinite(left).all()
+    assert (left.double() - latents[:1].double()).norm(dim=1).min() >= 1.5 * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pairs_are_apart_after_rounding(dtype):
+    latents = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spell = Spell(radius=14.0)
+    left = spell.leave(latents).double()
+    assert torch.pdist(left).min() >= 14.0 * (1 - 2e-5)
+
+
+@pytest.mark.parametrize("case", ["walls", "crowd", "line"])
+def test_images_too_close_after_finish_are_in_the_trace(case):
+    """Where the protected references have the last word, the pairs that they leave too close are named."""
+    generator = torch.Generator().manual_seed(1)
+    if case == "walls":  # on both sides of a corridor that is too narrow for two
+        protected = torch.tensor([[x, y] for x in torch.linspace(-40, 40, 81).tolist() for y in (-1.05, 1.05)])
+        latents, radius = torch.tensor([[0.0, 0.0], [0.01, 0.0], [30.0, 5.0]]), 1.0
+    elif case == "crowd":
+        protected, latents, radius = torch.randn(50, 2, generator=generator), torch.zeros(20, 2), 1.0
+    else:
+        protected, latents, radius = torch.zeros(1, 1), 0.1 * torch.randn(12, 1, generator=generator), 3.0
+    spell = Spell(protected, radius)
+    spell.start()
+    finished = spell.finish(latents).double()
+    static = torch.cdist(finished, protected.double()).amin(dim=1)
+    pairs = torch.cdist(finished, finished) + torch.eye(len(finished)) * 1e9
+    expected = (static < radius * (1 - 1e-6)) | (pairs.amin(dim=1) < radius * (1 - 2e-4))
+    told = [row["unresolved"] for row in spell.trace] or [False] * len(latents)
+    assert told == expected.tolist()
+
+
+def test_a_finish_that_keeps_every_distance_adds_nothing_to_the_trace():
+    spell = Spell(torch.zeros(1, 8), 1.0)
+    spell.start()
+    spell.finish(torch.randn(4, 8, generator=torch.Generator().manual_seed(3)))
+    assert spell.trace == []

@@ -21,6 +21,7 @@ from shielded.core.directions import COINCIDENT, push_direction
 from shielded.core.distances import PRECISION, block_elements, column_blocks, distances_of, squared_distances
 from shielded.core.projection import smallest_move, stays_inside, way_out
 from shielded.core.references import Hits, References, TensorReferences, deepest, merge, rank_within_query, unknown
+from shielded.core.straight import entered, go_straight
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64
@@ -29,6 +30,7 @@ Overlap = Literal["sum", "project"]
 
 _MAX_ROUNDS = 12  # of solving for the active shields and searching again where the move led
 _MAX_NEW_SHIELDS = 128  # per round and image; fewer need more rounds, each with a search, more make larger systems
+_PROMISED = 1e-3  # share of the radius by which rounding may leave a row of `repellency` inside a shield
 _MAX_ELEMENTS = 1 << 27  # elements of references in memory at once: 512 MiB in float32
 _GROUP_COST = 1e7  # multiplications that take as long as the overhead of one more group of images
 
@@ -69,7 +71,8 @@ def project_correction(
     """Compute the smallest move after which no row of x0 is inside a shield.
 
     Up to 12 rounds add the shields that the move itself enters and those that were not among the deepest; each round
-    solves for all of them from the original x0.
+    solves for all of them from the original x0. In few dimensions, where shields can close the way of the smallest
+    move, the rows that are left go straight out: along a line every shield ends, but that need not be the shortest way.
 
     Args:
         x0: (B, D).
@@ -79,7 +82,8 @@ def project_correction(
         shrink: (B,) subtracted from the squared radii of each row (posterior radius).
 
     Returns:
-        The move (B, D), and (B,) bool: rows that are still inside a shield after the last round.
+        The move (B, D), and (B,) bool: rows that are still inside a shield, because x0 + move is rounded by more than
+        the radius.
     """
     delta = torch.zeros_like(x0)
     inside = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
@@ -88,12 +92,12 @@ def project_correction(
     chosen, found = hits[:0], hits
     for attempt in range(_MAX_ROUNDS):
         fresh = deepest(unknown(found, chosen), _MAX_NEW_SHIELDS)
-        entered = torch.zeros_like(inside)
-        entered[fresh.query] = True
+        new = torch.zeros_like(inside)
+        new[fresh.query] = True
         # Rows in shields that were solved for: large multipliers amplify the rounding of matrix products.
-        imprecise = inside & ~entered & ~exact
+        imprecise = inside & ~new & ~exact
         exact |= imprecise
-        solved = entered | imprecise
+        solved = new | imprecise
         rows = solved.nonzero().flatten()
         if not len(rows):
             break
@@ -107,14 +111,40 @@ def project_correction(
             delta[group.query] = 0
             group.add_move(delta)
         moved = delta[rows].add_(x0[rows])
-        found = references.scan(moved, None if shrink is None else shrink[rows]).hits()
-        # The solution touches its shields; the rounding of x0 + h may leave it inside by that much.
-        tolerance = 2e-6 * found.radius + 2e-7 * moved.norm(dim=1).double()[found.query]
-        found = found[found.distance < found.radius - tolerance]
+        found = entered(references, moved, None if shrink is None else shrink[rows])
         found.query = rows[found.query]
         inside[rows] = False
         inside[found.query] = True
+    if inside.any():
+        rows = inside.nonzero().flatten()
+        ways = delta[rows], -delta[rows], noise[rows], -noise[rows]
+        inside[rows] = go_straight(x0, references, rows, ways, shrink, delta)
     return delta, inside
+
+
+def overcompensated(
+    x0: Float[Tensor, "b d"],
+    move: Float[Tensor, "b d"],
+    references: References,
+    strength: float,
+    shrink: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"]:
+    """Multiply a move out of all shields by λ, except for the rows that this leads into another shield.
+
+    Args:
+        x0: (B, D).
+        move: (B, D), of `project_correction`.
+        references: searched where the longer move leads.
+        strength: λ, at least 1 to have an effect.
+        shrink: (B,) subtracted from the squared radii of each row (posterior radius).
+    """
+    scaled = strength * move
+    if strength > 1:
+        # Going on beyond the shell cannot lead back into these shields, but it can lead into others.
+        found = references.scan(x0 + scaled, shrink).hits()
+        rows = found.query[found.distance < (1 - 1e-5) * found.radius].unique()
+        scaled[rows] = move[rows]
+    return scaled
 
 
 def _groups(hits: Hits, dim: int, pairs: bool) -> Iterator[Hits]:
@@ -325,14 +355,18 @@ def repellency(
         references: (K, *S).
         radius: L2 distance in the space of x0; one number, or (K,).
         overcompensation: λ; 1 ends on the shell of the shield, more goes beyond it (paper: 1.6).
-        overlap: "sum", the paper's formula, or "project", the smallest move that leaves every shield.
+        overlap: "sum", the paper's formula, which need not leave shields that overlap, or "project": a move that leaves
+            every shield, the smallest one where there are more dimensions than shields. With "project", a row that
+            overcompensation would lead into another shield stops at the shell.
         noise: (B, *S) predicted noise, the direction of the push where x0 equals a reference; None: a fixed direction.
 
     Returns:
         (B, *S) of x0's dtype, exactly zero in rows outside all shields.
 
     Raises:
-        ValueError: shapes that do not fit, a radius that is not positive, or x0 with NaN or infinity.
+        ValueError: shapes that do not fit, a radius that is not positive, NaN or infinity in x0 (as float32), the
+            references or the noise, or, with "project", rows that stay inside a shield, because x0 is so large
+            that float32 rounds x0 + Δ by more than the radius.
 
     Example:
         >>> x0, z = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
@@ -347,17 +381,27 @@ def repellency(
     radius = check_radius(radius, len(references))
     if overlap not in ("sum", "project"):
         raise ValueError(f"overlap={overlap!r} is not known; use 'sum' or 'project'.")
-    if not torch.isfinite(x0).all():
-        raise ValueError("x0 contains NaN or infinity.")
-    flat = x0.detach().float().flatten(1)
-    direction = push_direction(flat, None if noise is None else noise.float().flatten(1))
-    shields = TensorReferences(references.detach().to(flat.device).flatten(1), radius)
+    flat, vectors = x0.detach().float().flatten(1), references.detach().float().to(x0.device).flatten(1)
+    direction = None if noise is None else noise.float().flatten(1)
+    for name, values in (("x0", flat), ("references", vectors), ("noise", direction)):
+        if values is not None and not torch.isfinite(values).all():
+            raise ValueError(f"{name} contains NaN or infinity, or numbers too large for float32.")
+    direction = push_direction(flat, direction)
+    shields = TensorReferences(vectors, radius)
     hits = shields.scan(flat).hits()
     if overlap == "sum":
-        delta = sum_correction(flat, shields, hits, direction)
+        delta = overcompensation * sum_correction(flat, shields, hits, direction)
     else:
-        delta, _ = project_correction(flat, shields, hits, direction)
-    return (overcompensation * delta).to(x0.dtype).view_as(x0)
+        delta, inside = project_correction(flat, shields, hits, direction)
+        delta = overcompensated(flat, delta, shields, overcompensation)
+        found = shields.scan(flat + delta).hits()
+        inside[found.query[found.distance < (1 - _PROMISED) * found.radius]] = True
+        if inside.any():
+            raise ValueError(
+                f"rows {inside.nonzero().flatten().tolist()} of x0 stay inside a shield: float32 rounds x0 by more "
+                "than the radius; subtract the mean of the references from both."
+            )
+    return delta.to(x0.dtype).view_as(x0)
 
 
 def check_radius(radius: float | Float[Tensor, " k"], count: int) -> float | Float64[Tensor, " k"]:

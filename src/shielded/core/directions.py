@@ -14,10 +14,14 @@ COINCIDENT = 1e-6  # share of the radius below which the direction of x0 − z i
 
 
 def tie_break(count: int, dim: int, device: torch.device) -> Float32[Tensor, "{count} {dim}"]:
-    """Draw fixed unit vectors, one per row, the same on every call and machine."""
+    """Draw fixed vectors, one per row, the same on every call and machine.
+
+    Their lengths rise from 1 to almost 2, so that no two are equal, not even in one dimension.
+    """
     generator = torch.Generator().manual_seed(20250713)
     directions = torch.randn(count, dim, generator=generator)
-    return (directions / directions.norm(dim=1, keepdim=True)).to(device)
+    lengths = 1 + torch.arange(count)[:, None] / max(1, count)
+    return (lengths * directions / directions.norm(dim=1, keepdim=True)).to(device)
 
 
 def push_direction(x0: Float[Tensor, "b d"], noise: Float[Tensor, "b d"] | None) -> Float[Tensor, "b d"]:

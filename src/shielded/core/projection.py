@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shielded.core.directions import tie_break
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64
 
@@ -208,7 +210,7 @@ def separate(
     for the smallest move from the start (sequential convex programming).
 
     Args:
-        points: (B, N) float64 coordinates, no two equal.
+        points: (B, N) float64 coordinates.
         radius: (B, B) distances to keep.
         repels: (B, B) bool, pairs that repel each other.
         rounds: how many times pairs that came too close are added, at most.
@@ -222,6 +224,7 @@ def separate(
     radius = radius[first, second]
     move = torch.zeros_like(points)
     chosen = torch.zeros(len(first), dtype=torch.bool, device=points.device)
+    fixed = tie_break(len(points), points.shape[1], points.device).double()
     close = chosen
     for attempt in range(rounds + 1):
         offset = (points + move)[first] - (points + move)[second]
@@ -233,7 +236,9 @@ def separate(
         new = torch.where(close & ~chosen, distance, torch.inf)
         chosen = chosen | (new <= new.topk(min(256, len(new)), largest=False).values[-1]) & close
         i, j = first[chosen], second[chosen]
-        unit = offset[chosen] / distance[chosen, None]
+        # Points that rounding makes equal have no direction between them; any other one separates them.
+        along = torch.where(distance[:, None] > 0, offset, fixed[first] - fixed[second])[chosen]
+        unit = along / along.norm(dim=1, keepdim=True)
         incidence = torch.zeros(len(i), len(points), dtype=points.dtype, device=points.device)
         row = torch.arange(len(i), device=points.device)
         incidence[row, i], incidence[row, j] = 1, -1

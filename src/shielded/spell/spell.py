@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shielded.core.correction import Overlap, project_correction, sum_correction
+from shielded.core.correction import Overlap, overcompensated, project_correction, sum_correction
 from shielded.core.directions import push_direction
-from shielded.core.pairs import active_pairs, project_pairs, sum_pairs
+from shielded.core.pairs import project_pairs, sum_pairs
 from shielded.core.references import Hits, References, closest
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet
@@ -23,10 +23,13 @@ from shielded.spell.history import History
 from shielded.spell.mask import flatten, unflatten
 from shielded.spell.options import check_options, checked_radius, energy_of, history_of
 from shielded.spell.posterior import Calibration
+from shielded.spell.shields import BatchShields, outward
 from shielded.spell.static import StaticReferences
 from shielded.spell.trace import Push, rows_of_step, write_csv
 
 _ALTERNATIONS = 4  # between leaving the static shields and separating the batch, each of which can undo the other
+_PAIR_TOLERANCE = 1e-5  # share of the radius by which finished images may be closer to each other
+_MAX_PAIR_MARGIN = 0.01  # share of the radius added for a pair that rounding keeps too close
 _FINAL_MARGINS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0)  # radii beyond the shell, until rounding stays outside
 
 
@@ -228,7 +231,7 @@ class Spell:
         hits: Hits | None,
         noise: Tensor,
         shrink: Tensor | None,
-        batch: _BatchShields | None,
+        batch: BatchShields | None,
         strength: float,
     ) -> tuple[Tensor, Tensor]:
         """Compute `strength` times the smallest move out of all shields, and the rows (B,) for which none was found."""
@@ -251,12 +254,9 @@ class Spell:
             crowded = batch.active(x + move, margin=1e-4).any(dim=1)
             if not crowded.any():
                 break
-        scaled = strength * move
-        if references is not None and strength > 1:
-            # Going on beyond the shell cannot lead back into these shields, but it can lead into others.
-            found = references.scan(x + scaled, shrink).hits()
-            scaled[found.query[found.distance < (1 - 1e-5) * found.radius]] /= strength
-        return scaled, inside | crowded
+        if references is None:
+            return strength * move, crowded
+        return overcompensated(x, move, references, strength, shrink), inside | crowded
 
     # A sampling run -----------------------------------------------------------------------------------------------
 
@@ -300,7 +300,9 @@ class Spell:
             closes before the end, they stay as they are.
         """
         if self.overlap == "project" and self.window[1] == 0:
-            latents = self.leave(latents)
+            latents, unresolved = self._left(latents)
+            if unresolved.any():  # the last word on these images, so it belongs in the trace
+                self._record(self._step, 0.0, len(latents), self._unresolved(latents, unresolved), None)
         self.finished = latents.detach()
         if self.history is not None:
             self.history.add(self.finished)
@@ -310,25 +312,47 @@ class Spell:
         """Move finished latents (B, *S) out of every shield by the smallest move (λ = 1, full radius).
 
         They are measured again after rounding to their dtype. Images outside every shield keep their bits; if none
-        moves, the same tensor is returned.
+        moves, the same tensor is returned. The protected references have the last word: where both cannot be had,
+        images of the batch stay closer than the radius to each other, and `finish` says so in the trace.
         """
+        return self._left(latents)[0]
+
+    def _left(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Move latents (B, *S) out of every shield; also return the rows (B,) that are still too close to something."""
         batch = self._batch_shields(latents, None)
         references = self._static.at(latents)
         for margin in _FINAL_MARGINS:
             x = flatten(latents, self.mask)
             hits = None if references is None else references.scan(x).hits()
             inside = hits is not None and len(hits) > 0
-            crowded = batch is not None and bool(batch.active(x, margin=1e-5).any())
+            crowded = batch is not None and bool(batch.active(x, margin=_PAIR_TOLERANCE).any())
             if not inside and not crowded:
                 break
             direction = push_direction(x, None)
-            move, _ = self._project(x, references, hits, direction, None, batch if crowded else None, 1.0)
+            # Pairs share their move, so a small margin is enough for them; they get it only while it is one.
+            wider = batch.wider(1 + margin) if crowded and batch is not None and margin <= _MAX_PAIR_MARGIN else None
+            if not inside and wider is None:
+                break
+            move, _ = self._project(x, references, hits, direction, None, wider, 1.0)
             if references is not None and hits is not None and len(hits):
-                move = move + margin * _outward(x, move, references, closest(hits, 1))
-            batch = None  # pairs once: the protected references have the last word
+                move = move + margin * outward(x, move, direction, references, closest(hits, 1))
             moved = (latents.float() + unflatten(move, latents.float(), self.mask)).to(latents.dtype)
             latents = select_rows((move != 0).any(dim=1), moved, latents)
-        return latents
+        x = flatten(latents, self.mask)
+        unresolved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        if references is not None:
+            unresolved[references.scan(x).hits().query] = True
+        if batch is not None:
+            unresolved |= batch.active(x, margin=10 * _PAIR_TOLERANCE).any(dim=1)
+        return latents, unresolved
+
+    def _unresolved(self, latents: Tensor, unresolved: Tensor) -> Push:
+        """Describe finished latents (B, *S) of which some rows (B,) are too close to something, for the trace."""
+        x = flatten(latents, self.mask)
+        references, batch = self._static.at(latents), self._batch_shields(latents, None)
+        hits = None if references is None else references.scan(x).hits()
+        close = None if batch is None else batch.active(x)
+        return Push(torch.zeros_like(x), push_direction(x, None), hits, close, unresolved, None)
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as a CSV table, one row per step and image."""
@@ -336,7 +360,7 @@ class Spell:
 
     # Parts --------------------------------------------------------------------------------------------------------
 
-    def _batch_shields(self, x: Tensor, shrink: Tensor | None) -> _BatchShields | None:
+    def _batch_shields(self, x: Tensor, shrink: Tensor | None) -> BatchShields | None:
         """The shields that the images of the batch are to each other; None if they do not repel."""
         if not self.batch or len(x) < 2:
             return None
@@ -351,7 +375,7 @@ class Spell:
         squared = torch.full((len(x), len(x)), self.radius**2, device=x.device)
         if shrink is not None:  # both ends of a pair are uncertain, so both variances shorten its radius
             squared = squared - shrink[:, None] - shrink[None, :]
-        return _BatchShields(squared.clamp(min=0).sqrt(), repels)
+        return BatchShields(squared.clamp(min=0).sqrt(), repels)
 
     def _record(self, step: int, level: float | None, count: int, push: Push | None, released: Tensor | None) -> None:
         self.trace += rows_of_step(self._run, step, level, count, push, released, self._static.name)
@@ -381,26 +405,9 @@ class _Active:
     idle: bool = True
     references: References | None = None
     hits: Hits | None = None
-    batch: _BatchShields | None = None
+    batch: BatchShields | None = None
     close: Tensor | None = None
     shrink: Tensor | None = None
-
-
-@dataclass
-class _BatchShields:
-    """Shields that images of a batch are to each other.
-
-    Args:
-        radius: (B, B), L2.
-        repels: (B, B) bool, pairs that repel each other.
-    """
-
-    radius: Tensor
-    repels: Tensor
-
-    def active(self, x: Tensor, margin: float = 0.0) -> Tensor:
-        """Find the pairs (B, B) of x (B, D) that are closer than their radius, less a share of it as margin."""
-        return active_pairs(x, self.radius * (1 - margin) if margin else self.radius, self.repels)
 
 
 def _level(alpha: float | None, sigma: float | None) -> float | None:
@@ -415,16 +422,3 @@ def _require_finite(finite: Tensor, x: Tensor, step: int) -> None:
             f"x0 contains NaN or infinity at step {step}, images {rows}; the model overflowed, so try float32 or "
             "bfloat16."
         )
-
-
-def _outward(x: Tensor, move: Tensor, references: References, nearest: Hits) -> Tensor:
-    """Compute a step (B, D) of one radius along the move, for the images that are inside a shield.
-
-    An image that is inside by a rounding error alone has no move to follow and goes straight away from the reference.
-    """
-    along = move[nearest.query]
-    away = x[nearest.query] - references.vectors(nearest.row)
-    along = torch.where((along != 0).any(dim=1, keepdim=True), along, away)
-    result = torch.zeros_like(x)
-    result[nearest.query] = nearest.radius[:, None].to(x.dtype) * along / along.norm(dim=1, keepdim=True)
-    return result

@@ -1,0 +1,48 @@
+"""The shields that images of a batch are to each other, and the way out of one by a rounding error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shielded.core.pairs import active_pairs
+from shielded.core.references import Hits, References
+
+
+@dataclass
+class BatchShields:
+    """Shields that images of a batch are to each other.
+
+    Args:
+        radius: (B, B), L2.
+        repels: (B, B) bool, pairs that repel each other.
+    """
+
+    radius: Tensor
+    repels: Tensor
+
+    def active(self, x: Tensor, margin: float = 0.0) -> Tensor:
+        """Find the pairs (B, B) of x (B, D) that are closer than their radius, less a share of it as margin."""
+        return active_pairs(x, self.radius * (1 - margin) if margin else self.radius, self.repels)
+
+    def wider(self, factor: float) -> BatchShields:
+        """Return these shields with `factor` times the radius."""
+        return BatchShields(self.radius * factor, self.repels)
+
+
+def outward(x: Tensor, move: Tensor, direction: Tensor, references: References, nearest: Hits) -> Tensor:
+    """Compute a step (B, D) of one radius along the move, for the images that are inside a shield.
+
+    An image that is inside by a rounding error alone has no move to follow and goes straight away from the reference;
+    one that equals the reference goes along `direction` (B, D).
+    """
+    along = move[nearest.query].double()  # float32 loses the squares of small offsets
+    away = x[nearest.query].double() - references.vectors(nearest.row).double()
+    along = torch.where((along != 0).any(dim=1, keepdim=True), along, away)
+    along = torch.where((along != 0).any(dim=1, keepdim=True), along, direction[nearest.query].double())
+    result = torch.zeros_like(x)
+    step = nearest.radius[:, None] * along / along.norm(dim=1, keepdim=True)
+    result[nearest.query] = step.to(x.dtype)
+    return result
