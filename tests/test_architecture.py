@@ -21,7 +21,7 @@ STOREYS = [
     ["_extras", "files"],
     ["core"],
     ["latent_space"],
-    ["models"],
+    ["models", "copies"],
     ["protected"],
     ["samplers"],
     ["spell"],

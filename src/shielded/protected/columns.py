@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from shielded.copies.bank import Descriptors
+
 Id = str | int
 
 
@@ -105,6 +107,7 @@ class Rows:
         ids: n names.
         sources: n paths or addresses, or None.
         sha256: digests of the image files.
+        descriptors: unit vectors of the images, for the search for copies; None: the set has no descriptor.
     """
 
     latents: np.ndarray
@@ -114,6 +117,7 @@ class Rows:
     ids: Texts
     sources: Texts
     sha256: Digests
+    descriptors: Descriptors | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -127,12 +131,14 @@ class Rows:
             self.ids.take(rows),
             self.sources.take(rows),
             self.sha256.take(rows),
+            None if self.descriptors is None else self.descriptors.take(rows),
         )
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
         if len(parts) == 1:
             return parts[0]
+        described = [rows.descriptors for rows in parts if rows.descriptors is not None]
         return Rows(
             np.concatenate([rows.latents for rows in parts]),
             np.concatenate([rows.norms for rows in parts]),
@@ -141,6 +147,7 @@ class Rows:
             Texts.concatenate([rows.ids for rows in parts]),
             Texts.concatenate([rows.sources for rows in parts]),
             Digests.concatenate([rows.sha256 for rows in parts]),
+            Descriptors.concatenate(described) if described else None,
         )
 
 

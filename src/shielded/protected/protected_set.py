@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shielded.copies import Descriptor
 from shielded.core.references import Hits
 from shielded.latent_space import LatentSpace
 from shielded.protected import store, writer
 from shielded.protected.columns import Column, Id
+from shielded.protected.described import Described
 from shielded.protected.search.interface import shrunk
 from shielded.protected.snapshot import Reader, Snapshot
 
 
-class ProtectedSet:
+class ProtectedSet(Described):
     """Images that samples must stay away from, as latents in a folder.
 
     `ProtectedSet.create(path, space)` and `ProtectedSet.open(path)` make one. An open set is a snapshot: it keeps
@@ -29,13 +31,19 @@ class ProtectedSet:
     are positions in `ids` and change when rows are removed.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, descriptor: Descriptor | None = None) -> None:
         """Wrap an open version; called by `create` and `open`."""
+        super().__init__(reader.manifest.get("descriptor"), descriptor)
         self._reader = reader
 
     @classmethod
     def create(
-        cls, path: str | Path, space: LatentSpace, dtype: torch.dtype = torch.float32, overwrite: bool = False
+        cls,
+        path: str | Path,
+        space: LatentSpace,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+        descriptor: str | Descriptor | None = None,
     ) -> ProtectedSet:
         """Make an empty set.
 
@@ -45,6 +53,8 @@ class ProtectedSet:
             dtype: torch.float32, or torch.float16 for half the size. Distances are those to the stored vectors, which
                 float16 moves by at most 2⁻¹¹ of their norm.
             overwrite: replace a set that exists.
+            descriptor: what `copies` finds changed copies by: "shielded", or what `Descriptor.load` loaded. None: the
+                set holds latents alone.
 
         Returns:
             The new set.
@@ -53,11 +63,19 @@ class ProtectedSet:
             FileExistsError: the folder holds a set or other files.
             ValueError: another dtype.
         """
-        return cls(writer.create(Path(path), space, dtype, overwrite))
+        if isinstance(descriptor, str):
+            descriptor = Descriptor.load(descriptor)
+        record = None if descriptor is None else descriptor.record
+        return cls(writer.create(Path(path), space, dtype, overwrite, record), descriptor)
 
     @classmethod
     def open(
-        cls, path: str | Path, version: int | None = None, ray: str | None = None, memory: int | None = None
+        cls,
+        path: str | Path,
+        version: int | None = None,
+        ray: str | None = None,
+        memory: int | None = None,
+        descriptor: Descriptor | None = None,
     ) -> ProtectedSet:
         """Open a set.
 
@@ -69,14 +87,16 @@ class ProtectedSet:
                 for one machine; see `shielded.protected.ray`. Such a set can be read and searched, but not changed.
             memory: bytes that the search may hold besides queries and answers, in each worker with `ray`; None: 1 GiB.
                 With less it takes fewer images at a time. Memory mapped from disk does not count.
+            descriptor: the one that the set was made with; None: the one that comes with this package, if `copies`
+                needs it.
 
         Returns:
             The set.
 
         Raises:
             FileNotFoundError: no set in the folder, or one of its files is missing.
-            ValueError: one of its files is damaged, the version does not exist or no longer does, or the memory is not
-                positive.
+            ValueError: one of its files is damaged, the version does not exist or no longer does, the memory is not
+                positive, or the descriptor is not that of the set.
             RuntimeError: Ray is not installed, or no cluster answers at that address.
         """
         if memory is not None and not memory > 0:
@@ -91,7 +111,7 @@ class ProtectedSet:
         while True:
             try:
                 space = LatentSpace.from_json(manifest["space"])
-                return cls(read(path, manifest, space, version=version, memory=memory))
+                return cls(read(path, manifest, space, version=version, memory=memory), descriptor)
             except FileNotFoundError:
                 # A writer may have replaced files between the two reads; then there is a newer manifest.
                 newer = store.read_manifest(path)
@@ -103,7 +123,7 @@ class ProtectedSet:
 
     def add(
         self,
-        latents: Tensor,
+        latents: Tensor | Sequence[Any] | tuple[Tensor, Tensor],
         ids: Sequence[str | int],
         radius: float | Tensor | Sequence[float] | None = None,
         sources: Sequence[str | None] | None = None,
@@ -112,7 +132,9 @@ class ProtectedSet:
         """Add references: all of them or, on any error, none.
 
         Args:
-            latents: (n, *shape), any floating dtype and device; rounded to the set's dtype.
+            latents: (n, *shape), any floating dtype and device; rounded to the set's dtype. A set with a descriptor
+                takes them with the images' descriptors, (latents, (n, d)). Or the images themselves, as
+                `LatentSpace.encode` takes them, if the space has an autoencoder.
             ids: n names that the set does not have yet.
             radius: shield radius, L2 in the latent space: one for all, (n,), or None to leave it open.
             sources: n paths or addresses of the images.
@@ -125,7 +147,10 @@ class ProtectedSet:
             OSError: the disk is full or the folder read-only.
         """
         current = self._writable()
-        rows = writer.checked_rows(latents, ids, radius, sources, sha256, self.space.shape, current.dtype)
+        z, described = self._described(latents)
+        rows = writer.checked_rows(
+            z, ids, radius, sources, sha256, self.space.shape, current.dtype, described, self.descriptor
+        )
         if len(rows):
             with self._writing(current) as changes:
                 changes.add(rows)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shielded.copies import Bank
 from shielded.latent_space import LatentSpace
 from shielded.protected import store
 from shielded.protected.columns import Column, Ids, Rows, StoredColumn
@@ -71,6 +72,13 @@ class Reader(Protocol):
 
     def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find distances and rows (B, k) of the k nearest rows, nearest first; ties in the order of the rows."""
+        ...
+
+    def similar(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find similarities and rows (B, k) of the k rows whose descriptors are most similar to queries (B, d).
+
+        Only for a set with a descriptor; ties in the order of the rows.
+        """
         ...
 
 
@@ -164,6 +172,16 @@ class Snapshot:
     def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find distances and rows of the k nearest rows; see `Reader`."""
         return self._search.nearest(x, k)
+
+    def similar(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find similarities and rows of the k rows with the most similar descriptors; see `Reader`."""
+        similarities, stored = self._bank.nearest(queries, k)
+        return similarities, stored if self._live is None else np.searchsorted(self._live, stored)
+
+    @cached_property
+    def _bank(self) -> Bank:
+        blocks = [rows.descriptors for rows in self.shards if rows.descriptors is not None]
+        return Bank(blocks, self.vectors.alive)
 
     def _live_values(self, parts: list[np.ndarray]) -> np.ndarray:
         values = np.concatenate([np.empty(0), *parts])

@@ -9,7 +9,8 @@
     lock                        held by the one process that is writing
 
 A shard holds `latents` (n, *shape), `norms` and `radii` (n,) float64 (NaN for none), `sha256` (n, 32) bytes of the
-digests of the image files (zeros for none), and `ids` and `sources` as JSON values in one array of bytes, value i
+digests of the image files (zeros for none), in a set with a descriptor `descriptors` (n, d) with their `_codes` and
+`_scales` for the search, and `ids` and `sources` as JSON values in one array of bytes, value i
 from `ids_offsets[i]` to `ids_offsets[i + 1]`; `keys` are hashes of the ids.
 
 A new version exists once its manifest has replaced the old one, so a process that is killed leaves at worst files
@@ -33,6 +34,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from shielded.copies.bank import Descriptors
 from shielded.files import chained, file_sha256, replacing, sha256
 from shielded.protected.columns import Digests, Rows, Texts
 
@@ -188,6 +190,10 @@ def write_shard(folder: Path, number: int, rows: Rows, shape: tuple[int, ...]) -
         "sources": rows.sources.data,
         "sources_offsets": rows.sources.offsets,
     }
+    if rows.descriptors is not None:
+        tensors["descriptors"] = rows.descriptors.vectors
+        tensors["descriptors_codes"] = rows.descriptors.codes
+        tensors["descriptors_scales"] = rows.descriptors.scales
     return _write(folder, f"{number:06d}.safetensors", tensors, len(rows))
 
 
@@ -209,8 +215,11 @@ def read_shard(folder: Path, entry: dict[str, Any], dim: int, dtype: str) -> Row
             Texts(tensors["ids"], tensors["ids_offsets"]),
             Texts(tensors["sources"], tensors["sources_offsets"]),
             Digests(tensors["sha256"]),
+            Descriptors(*(tensors[f"descriptors{part}"] for part in ("", "_codes", "_scales")))
+            if "descriptors" in tensors
+            else None,
         )
-        lengths = {len(part) for part in vars(rows).values()}
+        lengths = {len(part) for part in vars(rows).values() if part is not None}
         if lengths != {n} or rows.latents.dtype != dtype or rows.sha256.data.shape != (n, 32):
             raise ValueError
     except (ValueError, KeyError):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shielded.copies import Descriptors
 from shielded.latent_space import LatentSpace
 from shielded.protected import store
 from shielded.protected.columns import Digests, Id, Rows, Texts, keys
@@ -21,7 +22,9 @@ _MAX_SHARD_BYTES = 1 << 26  # of latents in one file, unless a single row is lar
 _MAX_FLOAT64_NUMBERS = 1 << 24  # converted to float64 at once
 
 
-def create(path: Path, space: LatentSpace, dtype: torch.dtype, overwrite: bool) -> Snapshot:
+def create(
+    path: Path, space: LatentSpace, dtype: torch.dtype, overwrite: bool, descriptor: dict[str, Any] | None
+) -> Snapshot:
     """Make an empty set, as described at `ProtectedSet.create`."""
     name = str(dtype).removeprefix("torch.")
     if DTYPES.get(name) != dtype:
@@ -42,6 +45,7 @@ def create(path: Path, space: LatentSpace, dtype: torch.dtype, overwrite: bool) 
             "space": space.to_json(),
             "fingerprint": space.fingerprint,
             "dtype": name,
+            "descriptor": descriptor,
             "shards": [],
             "removed": None,
             "oldest": manifest["version"] + 1,
@@ -70,6 +74,8 @@ class Writer:
             snapshot.space.require_same(LatentSpace.from_json(manifest["space"]))
             if DTYPES[manifest["dtype"]] != snapshot.dtype:
                 raise ValueError(f"{snapshot.path} has been replaced by a set of {manifest['dtype']}; open it again.")
+            if manifest.get("descriptor") != snapshot.manifest.get("descriptor"):
+                raise ValueError(f"{snapshot.path} has been replaced by a set with another descriptor; open it again.")
             snapshot = snapshot.at(manifest)
         self.snapshot = snapshot
 
@@ -215,6 +221,8 @@ def checked_rows(
     sha256: Sequence[str | None] | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
+    descriptors: Tensor | None = None,
+    descriptor: dict[str, Any] | None = None,
 ) -> Rows:
     """Convert the arguments of `ProtectedSet.add` to rows of a set of latents (*shape) in `dtype`.
 
@@ -247,7 +255,27 @@ def checked_rows(
     except (TypeError, ValueError):
         raise ValueError("sha256 must be digests of 64 hexadecimal digits, or None.") from None
     texts = Texts.of(ids)
-    return Rows(flat, norms, _row_radii(radius, len(ids)), keys(texts), texts, Texts.of(columns[0]), digests)
+    radii, described = _row_radii(radius, len(ids)), _checked_descriptors(descriptors, descriptor, len(ids))
+    return Rows(flat, norms, radii, keys(texts), texts, Texts.of(columns[0]), digests, described)
+
+
+def _checked_descriptors(vectors: Tensor | None, descriptor: dict[str, Any] | None, n: int) -> Descriptors | None:
+    if descriptor is None:
+        if vectors is not None:
+            raise ValueError("This set has no descriptor, so it takes latents alone; create it with descriptor=.")
+        return None
+    if vectors is None:
+        raise ValueError(
+            f"This set finds copies by the descriptor {descriptor['name']!r}: add images, or (latents, descriptors)."
+        )
+    shape = (n, descriptor["dim"])
+    if not isinstance(vectors, Tensor) or not vectors.is_floating_point() or tuple(vectors.shape) != shape:
+        got = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise ValueError(f"descriptors must be a float tensor {shape}; got {got}.")
+    vectors = vectors.detach().cpu().float()
+    if not ((vectors.double().norm(dim=1) - 1).abs() < 1e-3).all():  # NaN fails too
+        raise ValueError("descriptors must be unit vectors, as Descriptor.of makes them.")
+    return Descriptors.of(vectors.numpy())
 
 
 def check_shape(latents: Tensor, shape: tuple[int, ...], name: str) -> None:

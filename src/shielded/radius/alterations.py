@@ -54,6 +54,27 @@ def shift(share: float) -> Change:
     return change
 
 
+def rotate(degrees: float) -> Change:
+    """Turn around the centre, with black corners."""
+    return lambda image, rng: image.rotate(degrees, Image.Resampling.BICUBIC)
+
+
+def chain(*changes: Change) -> Change:
+    """Make several changes, one after the other."""
+
+    def change(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        for one in changes:
+            image = one(image, rng)
+        return image
+
+    return change
+
+
+def mirror(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Mirror left to right."""
+    return ImageOps.mirror(image)
+
+
 def brightness(factor: float) -> Change:
     """Multiply all values by a factor."""
     return lambda image, rng: ImageEnhance.Brightness(image).enhance(factor)
@@ -90,5 +111,12 @@ CHANGES: dict[str, Change] = {
     "shift 3 %": shift(0.03),
     "crop 1 %": crop(0.01),
     "crop 5 %": crop(0.05),
-    "mirrored": lambda image, rng: ImageOps.mirror(image),
+    "mirrored": mirror,
+}
+# Changes that are too large for a distance in the latent space; `shielded.copies` is measured on them too.
+LARGE_CHANGES: dict[str, Change] = {
+    "crop 12 %": crop(0.12),
+    "shift 8 %": shift(0.08),
+    "rotated 5°": rotate(5),
+    "mirrored, cropped 5 %, JPEG 50": chain(mirror, crop(0.05), jpeg(50)),
 }

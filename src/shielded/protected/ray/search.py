@@ -108,12 +108,20 @@ class ClusterSnapshot:
 
     def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find distances and rows of the k nearest rows; see `Reader`."""
-        queries = self._put(x)
-        found = results([actor.nearest.remote(queries, k) for actor in self._actors], self._head)
-        distances = np.hstack([distance for distance, _ in found])
+        return self._smallest(self._put(x), k, "nearest")
+
+    def similar(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find similarities and rows of the k rows with the most similar descriptors; see `Reader`."""
+        opposite, rows = self._smallest(self._put(torch.from_numpy(queries)), k, "opposite")
+        return -opposite, rows
+
+    def _smallest(self, queries: Any, k: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ask each actor for values and rows of its k smallest; return values and rows of the k smallest of all."""
+        found = results([getattr(actor, method).remote(queries, k) for actor in self._actors], self._head)
+        values = np.hstack([value for value, _ in found])
         rows = np.hstack([row + start for start, (_, row) in zip(self._starts, found, strict=False)])
-        order = np.lexsort((rows, distances), axis=1)[:, :k]
-        return np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+        order = np.lexsort((rows, values), axis=1)[:, :k]
+        return np.take_along_axis(values, order, 1), np.take_along_axis(rows, order, 1)
 
     def ask_for(self, rows: np.ndarray, method: str, *arguments: Any) -> Iterator[tuple[np.ndarray, Any]]:
         """Ask each actor for its part of the rows (P,); yield (positions in `rows`, answer) of each."""
@@ -186,6 +194,13 @@ class ShardActor:
         if not len(self._snapshot):
             return np.empty((len(x), 0)), np.empty((len(x), 0), np.int64)
         return self._snapshot.nearest(torch.from_numpy(x.copy()), min(k, len(self._snapshot)))
+
+    def opposite(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find the k most similar descriptors; similarities with the sign changed, so that the smallest is first."""
+        if not len(self._snapshot):
+            return np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
+        similarities, rows = self._snapshot.similar(queries, min(k, len(self._snapshot)))
+        return -similarities, rows
 
 
 class ClusterColumn(Column):

@@ -1,0 +1,128 @@
+"""What a protected set does with its descriptor: describe images that are added, and find copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shielded.copies import Descriptor
+
+if TYPE_CHECKING:
+    from shielded.protected.columns import Id
+    from shielded.protected.snapshot import Reader
+
+
+class Described:
+    """The part of `ProtectedSet` that knows its descriptor.
+
+    Args:
+        record: name, digest and dimension of the set's descriptor; None: it has none.
+        descriptor: the network, if it is loaded.
+
+    Raises:
+        ValueError: the network is not that of the set.
+    """
+
+    _reader: Reader
+
+    def __init__(self, record: dict[str, Any] | None, descriptor: Descriptor | None) -> None:
+        self._record, self._network = record, descriptor
+        if descriptor is not None:
+            self._require(descriptor)
+
+    @property
+    def descriptor(self) -> dict[str, Any] | None:
+        """Name, `sha256` of the weights and dimension `dim` of the set's descriptor; None: it has none."""
+        return self._record
+
+    def describe(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        """Describe images by the set's descriptor, cut to the shape of the set's pictures as its encoder does.
+
+        Args:
+            images: N PIL images, or a float tensor (N, 3, H, W) in [-1, 1].
+
+        Returns:
+            Unit vectors (N, d) float32.
+
+        Raises:
+            ValueError: the set has no descriptor, or the one that can be loaded has other weights.
+        """
+        if self._record is None:
+            raise ValueError(
+                "This protected set has no descriptor, so it cannot find changed copies; it works by distance alone. "
+                "Protect the images again to add one."
+            )
+        if self._network is None:
+            if self._record["name"] != "shielded":
+                raise ValueError(
+                    f"This protected set was made with the descriptor {self._record['name']!r}; load it and pass it to "
+                    "ProtectedSet.open(path, descriptor=Descriptor.load(name, path))."
+                )
+            network = Descriptor.load()
+            self._require(network)
+            self._network = network
+        if isinstance(images, Tensor) or self._reader.space.image_size is None:
+            return self._network.of(images)
+        height, width = self._reader.space.image_size
+        return self._network.of([cut(image, width / height) for image in images])
+
+    def copies(self, images: Sequence[Image.Image] | Tensor, k: int = 1) -> tuple[Tensor, list[list[Id]]]:
+        """Find the k protected images that are most similar by the set's descriptor, exactly.
+
+        Args:
+            images: B PIL images, a float tensor (B, 3, H, W) in [-1, 1], or their descriptors (B, d).
+            k: how many, at most the number of rows.
+
+        Returns:
+            Similarities (B, k) float64 on the processor, the largest first, and for each image the k ids; of equal
+            similarities the earlier row comes first.
+
+        Raises:
+            ValueError: the set has no descriptor, other weights or fewer than k rows, or the images are not as above.
+        """
+        similarities, rows = self.copy_rows(images, k)
+        names = self._reader.ids.take(rows.flatten().numpy())
+        return similarities, [names[i : i + k] for i in range(0, len(names), k)]
+
+    def copy_rows(self, images: Sequence[Image.Image] | Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """Find copies like `copies`, with row numbers (B, k) instead of ids."""
+        if isinstance(images, Tensor) and images.ndim == 2 and self._record is not None:
+            vectors = images.detach().cpu().float()
+            if vectors.shape[1] != self._record["dim"]:
+                raise ValueError(f"descriptors must be (B, {self._record['dim']}); got {tuple(vectors.shape)}.")
+        else:
+            vectors = self.describe(images)
+        if not 1 <= k <= len(self._reader):
+            raise ValueError(f"k must be between 1 and the {len(self._reader)} rows of the set; got {k}.")
+        similarities, rows = self._reader.similar(vectors.numpy(), k)
+        return torch.from_numpy(similarities), torch.from_numpy(rows)
+
+    def _described(self, given: Tensor | Sequence[Any] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Split what `add` was given into latents and descriptors; encode and describe images."""
+        if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
+            return given[0], given[1]
+        if isinstance(given, Sequence):
+            latents = self._reader.space.encode(given)
+            return latents, None if self._record is None else self.describe(given)
+        return given, None
+
+    def _require(self, descriptor: Descriptor) -> None:
+        if self._record is None:
+            raise ValueError("This protected set has no descriptor; open it without one.")
+        if descriptor.sha256 != self._record["sha256"]:
+            raise ValueError(
+                f"This protected set was made with the descriptor {self._record['name']!r} of the digest "
+                f"{self._record['sha256'][:12]}, and {descriptor.name!r} has {descriptor.sha256[:12]}: vectors of "
+                "other weights cannot be compared. Protect the images again, or load the descriptor that made the set."
+            )
+
+
+def cut(image: Image.Image, aspect: float) -> Image.Image:
+    """Cut the centre of this ratio of width to height out of an image."""
+    width, height = min(image.width, round(image.height * aspect)), min(image.height, round(image.width / aspect))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
