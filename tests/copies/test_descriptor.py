@@ -63,7 +63,7 @@ def test_name_and_digest_are_those_of_the_weights(tmp_path):
     assert one.name == other.name == "shielded"
     assert one.sha256 != other.sha256
     assert one.sha256 == file_sha256(tmp_path / "descriptor0.safetensors")
-    assert one.record == {"name": "shielded", "sha256": one.sha256, "dim": 12}
+    assert one.record == {"name": "shielded", "sha256": one.sha256, "dim": 12, "threshold": 0.9}
 
 
 def test_sscd_is_read_as_torchscript(tmp_path):

@@ -26,7 +26,7 @@ def write_network(path: Path, seed: int = 0, views=((0.0, False), (0.0, True))) 
         arrays = np.stack([np.array(image.resize((64, 64))) for image in pictures(64, seed=9)])
         network.eval()(torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1)
         network.project.bias.sub_(seen[0].mean(dim=0))
-    save_network(network, path, views, 64)
+    save_network(network, path, views, 64, threshold=0.9)
     return path
 
 

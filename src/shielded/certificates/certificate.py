@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from shielded import __version__
+from shielded.certificates.copy_check import copy_fields
 from shielded.files import file_sha256, replacing, sha256, write_json
 from shielded.latent_space import to_rgb
 from shielded.protected import ProtectedSet
@@ -29,8 +30,9 @@ PNG_KEY = "shielded"  # keyword of the PNG text chunk
 class Certificate:
     """The evidence for one image. Distances are L2 in the latent space of the protected set.
 
-    It states how far the image's latents lie from the nearest protected latents, no more: a picture outside every
-    shield can still resemble a protected one in ways that this distance does not measure.
+    It states how far the image's latents lie from the nearest protected latents, and how similar the set's descriptor
+    finds it to a protected picture, no more: a picture outside every shield that is no copy by the descriptor can still
+    resemble a protected one in ways that neither measures.
 
     Args:
         image: file name.
@@ -47,6 +49,11 @@ class Certificate:
         pixels_sha256: of size and RGB pixels alone, so that it holds for the same picture in another file.
         decoded_id: the protected image that the picture's pixels, encoded again, are nearest to. None: not measured.
         decoded_distance: from there to the encoded picture.
+        copy_id: the protected image that the picture is most similar to by the set's descriptor; None: it has none.
+        copy_similarity: cosine of the angle between their descriptors.
+        copy_threshold: from which similarity on the set calls a picture a copy. None: it has no threshold.
+        copy: whether the picture is called a copy. None: there is no threshold.
+        descriptor: `name` and `sha256` of the descriptor.
         repair: "restart" or "push" if that brought the image out of a shield.
         prompt: the text that the image was made from.
         seed: of its initial noise.
@@ -68,6 +75,11 @@ class Certificate:
     pixels_sha256: str | None = None
     decoded_id: str | None = None
     decoded_distance: float | None = None
+    copy_id: str | None = None
+    copy_similarity: float | None = None
+    copy_threshold: float | None = None
+    copy: bool | None = None
+    descriptor: dict[str, str] | None = None
     repair: str | None = None
     prompt: str | None = None
     seed: int | None = None
@@ -219,8 +231,8 @@ def certify_measured(
     history = history_sha256(protected)
     again = [None] * len(pictures) if decoded is None else decoded
     certificates = []
-    for picture, name, here, there, more in zip(
-        pictures, names, finished, again, details or [{}] * len(pictures), strict=True
+    for picture, name, here, there, copy, more in zip(
+        pictures, names, finished, again, copy_fields(pictures, protected), details or [{}] * len(pictures), strict=True
     ):
         nearest, distance, radius = here.evidence
         certificate = Certificate(
@@ -238,7 +250,7 @@ def certify_measured(
             decoded_id=None if there is None else there.id,
             decoded_distance=None if there is None else there.distance,
         )
-        certificates.append(replace(certificate, **more))
+        certificates.append(replace(certificate, **copy, **more))
     return certificates
 
 

@@ -28,6 +28,7 @@ from shielded.certificates.certificate import (
     measure,
     pixels_sha256,
 )
+from shielded.certificates.copy_check import copy_fields, refuted_copy
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet
 
@@ -47,6 +48,9 @@ class Verified:
         inside: whether the encoded picture lies inside a shield.
         certified: whether the file has a certificate, beside it or inside.
         problems: a sentence for each claim of its certificate that does not hold.
+        copy_id: the protected image that it is most similar to by the set's descriptor; None: the set has none.
+        copy_similarity: to that image.
+        copy: whether that is at least the set's threshold; None: there is none.
     """
 
     image: str
@@ -56,6 +60,9 @@ class Verified:
     inside: bool
     certified: bool
     problems: list[str]
+    copy_id: str | None = None
+    copy_similarity: float | None = None
+    copy: bool | None = None
 
 
 def verify_images(
@@ -86,15 +93,18 @@ def verify_images(
     }
     opened: dict[int, Any] = {}
     results = []
-    for (file, image), paper, z in zip(loaded, papers, decoded, strict=True):
+    copies = copy_fields([image for _, image in loaded], protected)
+    for (file, image), paper, z, copy in zip(loaded, papers, decoded, copies, strict=True):
         records, _ = logs.get(file.parent, ([], []))
         found = measure(z[None], protected, _radius(radius, protected, paper, records, file))[0]
         problems = [*paper.problems, *_disagreements(file, image, paper), *_unlogged(file, paper, records)]
         for claim in paper.claims:
-            problems += _refuted(claim, image, found, protected, z, opened)
+            problems += _refuted(claim, image, found, protected, z, opened, copy)
         name, distance, own = found.leak or (found.id, found.distance, found.radius)
         problems = list(dict.fromkeys(problems))
-        results.append(Verified(str(file), name, distance, own, found.leak is not None, bool(paper.claims), problems))
+        result = Verified(str(file), name, distance, own, found.leak is not None, bool(paper.claims), problems)
+        own_copy = {key: copy[key] for key in ("copy_id", "copy_similarity", "copy") if copy}
+        results.append(replace(result, **own_copy))
     return results, {str(folder / LOG): problems for folder, (_, problems) in logs.items()}
 
 
@@ -166,6 +176,7 @@ def _refuted(
     protected: ProtectedSet,
     decoded: Tensor,
     opened: dict[int, Any],
+    copy: dict[str, Any],
 ) -> list[str]:
     """List the claims that do not hold for this picture and set; `opened` caches earlier versions of the set."""
     problems = []
@@ -181,7 +192,7 @@ def _refuted(
     version = claim.protected_version
     if version not in opened:
         try:
-            then = protected if version == protected.version else ProtectedSet.open(protected.path, version)
+            then = protected if version == protected.version else protected.at(version)
             opened[version] = then, history_sha256(then)
         except (ValueError, TypeError) as error:
             opened[version] = error, None
@@ -190,6 +201,8 @@ def _refuted(
         return [*problems, f"its certificate cannot be checked: {then}"]
     if claim.protected_history != history:
         return [*problems, "its certificate is for another protected set"]
+    if claim.pixels_sha256 == pixels_sha256(image):
+        problems += refuted_copy(claim, copy if then is protected else copy_fields([image], then)[0])
     if claim.decoded_distance is None or problems:
         return problems
     distance, name = found.distance, found.id

@@ -35,7 +35,8 @@ def verify(
 ) -> None:
     """Measure images against a protected set, and check their certificates and audit log.
 
-    Exit code 1 if an image lies inside a shield, or a certificate or a log does not hold.
+    Exit code 1 if an image lies inside a shield or is a copy by the set's descriptor, or a certificate or a log does not
+    hold.
 
     Example: shielded verify images/with --protect my-set
     """
@@ -63,19 +64,28 @@ def verify(
         lines = []
         for image in verified:
             where = f"{'inside' if image.inside else 'outside'}, {image.distance:.2f} from {image.nearest_id}"
-            lines.append(f"{image.image}: {where} (radius {image.radius:g}); {_finding(image)}")
+            lines.append(f"{image.image}: {where} (radius {image.radius:g}){_copy(image)}; {_finding(image)}")
         lines += [f"{path}: {'; '.join(problems) or 'holds'}" for path, problems in logs.items()]
         result = {
             "n": len(verified),
             "leaks": sum(image.inside for image in verified),
+            "copies": sum(image.copy or False for image in verified),
             "failed_certificates": sum(bool(image.problems) for image in verified),
             "skipped": [path for path, _ in skipped],
             "images": [vars(image) for image in verified],
             "logs": logs,
         }
         show(result, as_json, "\n".join(lines))
-        if result["leaks"] or result["failed_certificates"] or bad_logs or skipped:
+        if result["leaks"] or result["copies"] or result["failed_certificates"] or bad_logs or skipped:
             raise typer.Exit(1)
+
+
+def _copy(image: Verified) -> str:
+    """Say how similar the descriptor finds the image to a protected one, if the set has a descriptor."""
+    if image.copy_similarity is None:
+        return ""
+    verdict = {None: "most similar to", False: "no copy, most similar to", True: "a copy of"}[image.copy]
+    return f"; {verdict} {image.copy_id} ({image.copy_similarity:.3f})"
 
 
 def _finding(image: Verified) -> str:

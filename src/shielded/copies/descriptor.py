@@ -21,6 +21,7 @@ from shielded.latent_space.pixels import check_images, to_pixels
 WEIGHTS = Path(__file__).parent / "weights" / "descriptor.safetensors"
 NAMES = ("shielded", "sscd", "dinov2")
 _DINOV2 = "facebook/dinov2-small"
+_SSCD_THRESHOLD = 0.75  # its authors name it for a precision of 90 % on DISC
 _MAX_IMAGES_PER_PASS = 64
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its pixels in 0..1
 
@@ -32,6 +33,8 @@ class Descriptor:
         name: which network it is.
         sha256: digest of its weights; vectors of other weights cannot be compared.
         dim: numbers of a vector.
+        threshold: similarity from which on two pictures count as copies; None: not measured. It may be set before a
+            protected set is made.
 
     Args:
         name: which network it is.
@@ -39,12 +42,19 @@ class Descriptor:
         side: height and width of the pictures that the network takes, in pixels.
         embed: maps pixels (n, 3, side, side) in [-1, 1] to vectors (n, d).
         device: where it computes.
+        threshold: similarity from which on two pictures count as copies.
     """
 
     def __init__(
-        self, name: str, sha256: str, side: int, embed: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
+        self,
+        name: str,
+        sha256: str,
+        side: int,
+        embed: Callable[[Tensor], Tensor],
+        device: torch.device | str = "cpu",
+        threshold: float | None = None,
     ) -> None:
-        self.name, self.sha256 = name, sha256
+        self.name, self.sha256, self.threshold = name, sha256, threshold
         self._side, self._embed, self._device = side, embed, torch.device(device)
         self.dim = self._vectors(torch.zeros(1, 3, side, side)).shape[1]
 
@@ -96,8 +106,8 @@ class Descriptor:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Name, digest and dimension, as a protected set notes them."""
-        return {"name": self.name, "sha256": self.sha256, "dim": self.dim}
+        """Name, digest, dimension and threshold, as a protected set notes them."""
+        return {"name": self.name, "sha256": self.sha256, "dim": self.dim, "threshold": self.threshold}
 
     @torch.no_grad()
     def _vectors(self, pixels: Tensor) -> Tensor:
@@ -139,7 +149,9 @@ def _load_own(path: str | Path | None, device: str) -> Descriptor:
         raise ValueError(f"{file} does not hold a descriptor of training/copy_descriptor.py: {error}") from None
     network = network.eval().to(device)
     views = [(float(cut), bool(mirrored)) for cut, mirrored in config["views"]]
-    return Descriptor("shielded", file_sha256(file), config["side"], _mean_of_views(network, views), device)
+    return Descriptor(
+        "shielded", file_sha256(file), config["side"], _mean_of_views(network, views), device, config["threshold"]
+    )
 
 
 def _mean_of_views(network: CopyNetwork, views: list[tuple[float, bool]]) -> Callable[[Tensor], Tensor]:
@@ -179,7 +191,11 @@ def _load_sscd(path: str | Path | None, device: str) -> Descriptor:
             network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a TorchScript file: {str(error).splitlines()[0]}") from None
-    return Descriptor("sscd", file_sha256(path), 288, lambda pixels: network(_standardised(pixels)), device)
+
+    def embed(pixels: Tensor) -> Tensor:
+        return network(_standardised(pixels))
+
+    return Descriptor("sscd", file_sha256(path), 288, embed, device, _SSCD_THRESHOLD)
 
 
 def _load_dinov2(path: str | Path | None, device: str) -> Descriptor:

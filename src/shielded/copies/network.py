@@ -94,7 +94,13 @@ def _generalised_mean(x: Tensor, power: Tensor) -> Tensor:
     return x.float().clamp(min=1e-4).pow(power).mean(dim=(2, 3)).pow(1 / power)
 
 
-def save_network(network: CopyNetwork, path: str | Path, views: Sequence[tuple[float, bool]], side: int) -> None:
+def save_network(
+    network: CopyNetwork,
+    path: str | Path,
+    views: Sequence[tuple[float, bool]],
+    side: int,
+    threshold: float | None = None,
+) -> None:
     """Write a network in half precision, its batch norms folded, as `Descriptor.load` reads it.
 
     Args:
@@ -102,10 +108,11 @@ def save_network(network: CopyNetwork, path: str | Path, views: Sequence[tuple[f
         path: a safetensors file.
         views: whose mean describes a picture: the share that is cut off at each edge, and whether mirrored.
         side: height and width of a picture before views of it are taken, in pixels.
+        threshold: similarity from which on two pictures count as copies, as measured.
     """
     fold(network.eval())
     weights = {name: weight.detach().half().contiguous() for name, weight in network.state_dict().items()}
-    config = {"network": network.config, "views": [list(view) for view in views], "side": side}
+    config = {"network": network.config, "views": [list(view) for view in views], "side": side, "threshold": threshold}
     with replacing(path) as draft:
         save_file(weights, draft, {"config": json.dumps(config)})
 

@@ -36,8 +36,13 @@ class Described:
 
     @property
     def descriptor(self) -> dict[str, Any] | None:
-        """Name, `sha256` of the weights and dimension `dim` of the set's descriptor; None: it has none."""
+        """`name`, `sha256` of the weights, `dim` and `threshold` of the set's descriptor; None: it has none."""
         return self._record
+
+    @property
+    def copy_threshold(self) -> float | None:
+        """Similarity from which on the set calls a picture a copy; None: it has no threshold."""
+        return None if self._record is None else self._record.get("threshold")
 
     def describe(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Describe images by the set's descriptor, cut to the shape of the set's pictures as its encoder does.

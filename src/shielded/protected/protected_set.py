@@ -119,6 +119,10 @@ class ProtectedSet(Described):
                     raise
                 manifest = newer
 
+    def at(self, version: int) -> ProtectedSet:
+        """Open another version of this set; see `open`."""
+        return ProtectedSet.open(self.path, version, descriptor=self._network)
+
     # Changes ----------------------------------------------------------------------------------------------------------
 
     def add(
