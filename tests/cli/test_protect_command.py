@@ -165,7 +165,8 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(pictures, ta
     assert ProtectedSet.open(target).ids == ["a", "b"]
     run(pictures / "a.png", "--out", target, code=2)  # another job does not slip in
     assert "1 added, 2 already present" in run(pictures, "--out", target).stdout
-    run(pictures, "--out", target, code=2)  # it is finished now
+    assert "0 added, 3 already present" in run(pictures, "--out", target).stdout  # finished, so nothing is left to do
+    run(pictures / "a.png", "--out", target, code=2)
 
 
 PAUSED = """

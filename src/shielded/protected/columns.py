@@ -14,6 +14,13 @@ import numpy as np
 from shielded.copies.bank import Descriptors
 
 Id = str | int
+MIRRORED = "mirrored:"
+"""Prefix of the ids of mirrored images."""
+
+
+def is_mirrored(name: Id) -> bool:
+    """Tell whether an id is that of a mirrored image."""
+    return str(name).startswith(MIRRORED)
 
 
 class Texts:

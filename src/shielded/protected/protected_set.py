@@ -16,10 +16,13 @@ from shielded.copies import Descriptor
 from shielded.core.references import Hits
 from shielded.latent_space import LatentSpace
 from shielded.protected import store, writer
+from shielded.protected.check import check_set
 from shielded.protected.columns import Column, Id
 from shielded.protected.described import Described
 from shielded.protected.search.interface import shrunk
 from shielded.protected.snapshot import Reader, Snapshot
+
+_MERGE_SECONDS = 60.0  # that `add` may wait for another process to finish writing
 
 
 class ProtectedSet(Described):
@@ -28,7 +31,10 @@ class ProtectedSet(Described):
     `ProtectedSet.create(path, space)` and `ProtectedSet.open(path)` make one. An open set is a snapshot: it keeps
     working while another process writes, and its own changes build on the newest version on disk. Latents, ids,
     sources and digests stay on disk and are mapped into memory, so a set may be far larger than memory. Row numbers
-    are positions in `ids` and change when rows are removed.
+    are positions in `ids` and change when rows are removed. Several threads may read and search one open set.
+
+    Each file is compared with its checksum where it is first used: ids, radii and digests when the set is opened, the
+    latents of a shard, and its index, before they are first searched. A damaged file is an error that names it.
     """
 
     def __init__(self, reader: Reader, descriptor: Descriptor | None = None) -> None:
@@ -132,6 +138,7 @@ class ProtectedSet(Described):
         radius: float | Tensor | Sequence[float] | None = None,
         sources: Sequence[str | None] | None = None,
         sha256: Sequence[str | None] | None = None,
+        present: list[int] | None = None,
     ) -> None:
         """Add references: all of them or, on any error, none.
 
@@ -143,6 +150,9 @@ class ProtectedSet(Described):
             radius: shield radius, L2 in the latent space: one for all, (n,), or None to leave it open.
             sources: n paths or addresses of the images.
             sha256: n digests of the image files.
+            present: a list, if other processes add images at the same time: the call then waits up to a minute for
+                them to finish writing, leaves out images whose digest the set has by now, appends their positions to
+                the list, and numbers ids that the set has.
 
         Raises:
             TypeError: latents or ids have the wrong type.
@@ -156,8 +166,12 @@ class ProtectedSet(Described):
             z, ids, radius, sources, sha256, self.space.shape, current.dtype, described, self.descriptor
         )
         if len(rows):
-            with self._writing(current) as changes:
-                changes.add(rows)
+            with self._writing(current, 0.0 if present is None else _MERGE_SECONDS) as changes:
+                if present is not None:
+                    rows, found = changes.missing(rows)
+                    present += found
+                if len(rows):
+                    changes.add(rows)
 
     def remove(self, ids: Sequence[str | int]) -> None:
         """Remove references from now on. Their vectors stay on disk until `compact`, their ids in the history.
@@ -194,9 +208,9 @@ class ProtectedSet(Described):
         return self._reader
 
     @contextmanager
-    def _writing(self, current: Snapshot) -> Iterator[writer.Writer]:
+    def _writing(self, current: Snapshot, wait_seconds: float = 0.0) -> Iterator[writer.Writer]:
         """Hold the lock, and read the newest version afterwards, also after an error."""
-        with store.writing(self.path):
+        with store.writing(self.path, wait_seconds):
             changes = writer.Writer(current)
             try:
                 yield changes
@@ -267,14 +281,15 @@ class ProtectedSet(Described):
         Raises:
             IndexError: there is no such row.
         """
+        reader = self._reader
         rows = torch.as_tensor(rows, dtype=torch.int64)
         numbers = rows.cpu().numpy()
-        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
-            raise IndexError(f"The protected set has the rows 0 to {len(self) - 1}; got {numbers.tolist()[:3]}.")
-        return torch.from_numpy(self._reader.take(numbers)).to(rows.device).unflatten(1, self.space.shape)
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(reader)):
+            raise IndexError(f"The protected set has the rows 0 to {len(reader) - 1}; got {numbers.tolist()[:3]}.")
+        return torch.from_numpy(reader.take(numbers)).to(rows.device).unflatten(1, self.space.shape)
 
     def verify(self) -> dict[str, Any]:
-        """Check every file of the set on disk against its checksum.
+        """Check every file of the set on disk against its checksum, and the indexes that belong to it.
 
         Returns:
             `version`, `rows`, `shards` (numbers) and `fingerprint` of the set on disk.
@@ -283,19 +298,10 @@ class ProtectedSet(Described):
             FileNotFoundError: naming a missing file.
             ValueError: naming a damaged file.
         """
-        manifest = store.read_manifest(self.path)
-        removed = [] if manifest["removed"] is None else [manifest["removed"]]
-        for entry in [*manifest["shards"], *removed]:
-            store.check_file(self.path, entry)
-        store.read_history(self.path, manifest)
-        if LatentSpace.from_json(manifest["space"]).fingerprint != manifest["fingerprint"]:
-            raise ValueError(f"{self.path / store.MANIFEST} is damaged: its fingerprint is not that of its space.")
-        return {
-            "version": manifest["version"],
-            "rows": sum(entry["rows"] for entry in manifest["shards"]) - sum(entry["rows"] for entry in removed),
-            "shards": len(manifest["shards"]),
-            "fingerprint": manifest["fingerprint"],
-        }
+        checked = check_set(self.path)
+        for error in checked.problems.values():
+            raise error
+        return {name: getattr(checked, name) for name in ("version", "rows", "shards", "fingerprint")}
 
     def require_space(self, space: LatentSpace) -> None:
         """Refuse a latent space in which the references of this set mean nothing.
@@ -341,11 +347,12 @@ class ProtectedSet(Described):
         """
         if nearest is not None and nearest < 1:
             raise ValueError(f"nearest must be at least 1, not {nearest}; None means all references within the radius.")
+        reader = self._reader  # another thread may change the set meanwhile
         x = self._checked_queries(x0)
-        radii = self._checked_radius(radius, len(x))
+        radii = _checked_radius(radius, len(x), reader)
         reduction = _checked_shrink(shrink, len(x))
-        query, row, distance = self._reader.within(x, radii, reduction, nearest)
-        applied = hit_radii(self.radii.numpy() if radii is None else radii, reduction, query, row)
+        query, row, distance = reader.within(x, radii, reduction, nearest)
+        applied = hit_radii(reader.radii.numpy() if radii is None else radii, reduction, query, row)
         return Hits(*(_like(part, x0) for part in (query, row, distance, applied)))
 
     def nearest(self, x0: Tensor, k: int = 1) -> tuple[Tensor, list[list[Id]]]:
@@ -361,18 +368,22 @@ class ProtectedSet(Described):
         Raises:
             ValueError: the set has fewer than k rows, the shape of `x0` is wrong, or a value is not finite.
         """
-        distances, rows = self.nearest_rows(x0, k)
-        names = self.ids.take(rows.flatten().cpu().numpy())
+        reader = self._reader
+        distances, rows = self._nearest_rows(reader, x0, k)
+        names = reader.ids.take(rows.flatten().cpu().numpy())
         return distances, [names[i : i + k] for i in range(0, len(names), k)]
 
     def nearest_rows(self, x0: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """Find the k nearest references like `nearest`, with row numbers (B, k) instead of ids."""
+        return self._nearest_rows(self._reader, x0, k)
+
+    def _nearest_rows(self, reader: Reader, x0: Tensor, k: int) -> tuple[Tensor, Tensor]:
         x = self._checked_queries(x0)
-        if not len(self):
+        if not len(reader):
             raise ValueError(f"The protected set at {self.path} is empty, so nothing is nearest; add references first.")
-        if not 1 <= k <= len(self):
-            raise ValueError(f"k must be between 1 and the {len(self)} rows of the set; got {k}.")
-        distances, rows = self._reader.nearest(x, k)
+        if not 1 <= k <= len(reader):
+            raise ValueError(f"k must be between 1 and the {len(reader)} rows of the set; got {k}.")
+        distances, rows = reader.nearest(x, k)
         return _like(distances, x0), _like(rows, x0)
 
     def _checked_queries(self, x0: Tensor) -> Tensor:
@@ -382,24 +393,25 @@ class ProtectedSet(Described):
             raise ValueError("x0 has NaN or infinite values, so its distances are not defined.")
         return x
 
-    def _checked_radius(self, radius: float | Tensor | None, batch: int) -> np.ndarray | None:
-        """Convert a radius to (), (K,) or (B, K) float64; None for the set's own radii."""
-        if radius is None or (isinstance(radius, Tensor) and radius.ndim == 1 and radius is self.radii):
-            missing = int(self.radii.isnan().sum())
-            if missing:
-                raise ValueError(
-                    f"{missing} of {len(self)} references have no radius of their own; pass radius=, or add them "
-                    "with one."
-                )
-            return None
-        radii = torch.as_tensor(radius, dtype=torch.float64).detach().cpu()
-        if radii.ndim and radii.shape not in ((len(self),), (batch, len(self))):
+
+def _checked_radius(radius: float | Tensor | None, batch: int, reader: Reader) -> np.ndarray | None:
+    """Convert a radius to (), (K,) or (B, K) float64; None for the set's own radii."""
+    if radius is None or (isinstance(radius, Tensor) and radius.ndim == 1 and radius is reader.radii):
+        missing = int(reader.radii.isnan().sum())
+        if missing:
             raise ValueError(
-                f"radius must be one number, {(len(self),)} or {(batch, len(self))}; got {tuple(radii.shape)}."
+                f"{missing} of {len(reader)} references have no radius of their own; pass radius=, or add them "
+                "with one."
             )
-        if not (radii >= 0).all():
-            raise ValueError("A radius is negative or NaN; it is an L2 distance in the latent space.")
-        return radii.numpy()
+        return None
+    radii = torch.as_tensor(radius, dtype=torch.float64).detach().cpu()
+    if radii.ndim and radii.shape not in ((len(reader),), (batch, len(reader))):
+        raise ValueError(
+            f"radius must be one number, {(len(reader),)} or {(batch, len(reader))}; got {tuple(radii.shape)}."
+        )
+    if not (radii >= 0).all():
+        raise ValueError("A radius is negative or NaN; it is an L2 distance in the latent space.")
+    return radii.numpy()
 
 
 def hit_radii(radii: np.ndarray, shrink: np.ndarray | None, query: np.ndarray, row: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -120,8 +121,16 @@ class Snapshot:
             alive = np.ones(sum(map(len, self.shards)), bool)
             alive[missing] = False
         self._live = None if alive is None else np.flatnonzero(alive)
+        self._lock = threading.Lock()
         files = [path / name for name in self._files]
-        self.vectors = Vectors(files, [rows.latents for rows in self.shards], space.dim, alive)
+        self.vectors = Vectors(
+            files,
+            [rows.latents for rows in self.shards],
+            space.dim,
+            alive,
+            [entry["sha256"] for entry in manifest["shards"]],
+            lambda number: store.require_intact(path, manifest["shards"][number]),
+        )
         self._search = Search(self.vectors, [index_path(file) for file in files], space.shape, self.memory)
         self.ids = Ids(self.shards, self._live, alive)
         self.sources = StoredColumn([rows.sources for rows in self.shards], self._live)
@@ -150,7 +159,8 @@ class Snapshot:
     @property
     def radii(self) -> Tensor:
         """(K,) float64: radius of each row's shield, NaN where it has none."""
-        return self._radii
+        with self._lock:  # several threads get the same tensor
+            return self._radii
 
     @cached_property
     def _radii(self) -> Tensor:
@@ -163,7 +173,10 @@ class Snapshot:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Read the vectors (P, dim) float32 of the rows (P,)."""
-        return self.vectors.take(rows if self._live is None else self._live[rows])
+        vectors = self.vectors.take(rows if self._live is None else self._live[rows])
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"The protected set at {self.path} is damaged: a row is not finite.")
+        return vectors
 
     def within(self, x: Tensor, radius: np.ndarray | None, shrink: np.ndarray | None, nearest: int | None) -> Pairs:
         """Find all pairs with distance < radius; see `Reader`."""
@@ -175,12 +188,17 @@ class Snapshot:
 
     def similar(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find similarities and rows of the k rows with the most similar descriptors; see `Reader`."""
-        similarities, stored = self._bank.nearest(queries, k)
+        with self._lock:
+            bank = self._bank
+        similarities, stored = bank.nearest(queries, k)
         return similarities, stored if self._live is None else np.searchsorted(self._live, stored)
 
     @cached_property
     def _bank(self) -> Bank:
+        self.vectors.parts()  # compares the shards with their checksums
         blocks = [rows.descriptors for rows in self.shards if rows.descriptors is not None]
+        if len(blocks) < len(self.shards):
+            raise ValueError(f"The protected set at {self.path} is damaged: a shard has no descriptors.")
         return Bank(blocks, self.vectors.alive)
 
     def _live_values(self, parts: list[np.ndarray]) -> np.ndarray:
@@ -200,9 +218,11 @@ def missing_rows(path: Path, manifest: store.Manifest, version: int | None = Non
         ValueError: there is no such version, or it no longer exists.
     """
     rows, versions = store.read_removed(path, manifest["removed"])
+    stored = sum(entry["rows"] for entry in manifest["shards"])
+    if len(rows) and (rows[-1] >= stored or versions.min() < 1 or versions.max() > manifest["version"]):
+        raise ValueError(f"{path / manifest['removed']['file']} is damaged: its rows are not those of the set.")
     if version is None:
         return rows
-    stored = sum(entry["rows"] for entry in manifest["shards"])
     return np.append(rows[versions <= version], np.arange(_stored_at(path, manifest, version), stored))
 
 

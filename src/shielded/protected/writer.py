@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from shielded.copies import Descriptors
 from shielded.latent_space import LatentSpace
 from shielded.protected import store
-from shielded.protected.columns import Digests, Id, Rows, Texts, keys
+from shielded.protected.columns import Digests, Id, Rows, Texts, is_mirrored, keys
 from shielded.protected.snapshot import DTYPES, Snapshot
 
 _MAX_SHARD_BYTES = 1 << 26  # of latents in one file, unless a single row is larger
@@ -31,8 +33,11 @@ def create(
         raise ValueError(f"A protected set stores torch.float32 or torch.float16; got {dtype}.")
     with store.explained(path):
         path.mkdir(parents=True, exist_ok=True)
-    if not all(store.is_own(file) for file in path.iterdir()):
-        raise FileExistsError(f"{path} holds other files; give a protected set a folder of its own.")
+    foreign = sorted(file.name for file in path.iterdir() if not store.is_own(file))
+    if foreign:
+        raise FileExistsError(
+            f"{path} holds other files, such as {foreign[0]}; give a protected set a folder of its own."
+        )
     with store.writing(path):
         manifest: store.Manifest = {"version": 0, "next_file": 1, "history": {"bytes": 0, "sha256": ""}}
         if (path / store.MANIFEST).exists():
@@ -40,6 +45,8 @@ def create(
                 raise FileExistsError(f"{path} is a protected set already; open it, or pass overwrite=True.")
             # Numbers go on, so that no reader of the old set takes a new file for one of its own.
             manifest = store.read_manifest(path)
+        else:
+            store.require_no_remains(path)
         manifest |= {
             "format": store.FORMAT,
             "space": space.to_json(),
@@ -97,6 +104,35 @@ class Writer:
         self._commit("add", len(rows), [*shards[:kept], *entries])
         if kept < len(shards):
             store.delete_unused(self.snapshot.path, self._manifest)
+
+    def missing(self, rows: Rows) -> tuple[Rows, list[int]]:
+        """Leave out images that the set has, by digest, and number ids that it has.
+
+        Args:
+            rows: made by `checked_rows`.
+
+        Returns:
+            The other rows, and the positions of those that were left out.
+        """
+        wanted = rows.sha256.data.view(np.int64)[:, 0]
+        known: set[tuple[str | None, bool]] = set()
+        alive = self.snapshot.vectors.alive
+        for shard, (first, _) in zip(self.snapshot.shards, self.snapshot.vectors.extents(), strict=True):
+            for row in np.flatnonzero(np.isin(shard.sha256.data.view(np.int64)[:, 0], wanted)).tolist():
+                if alive is None or alive[first + row]:
+                    known.add((shard.sha256[row], is_mirrored(shard.ids[row])))
+        known = {(digest, mirrored) for digest, mirrored in known if digest is not None}
+        present = [row for row in range(len(rows)) if (rows.sha256[row], is_mirrored(rows.ids[row])) in known]
+        rows = rows.take(np.delete(np.arange(len(rows)), present))
+        names = list(rows.ids)
+        taken = self.snapshot.ids.find(names) if names else {}
+        if not taken:
+            return rows, present
+        for row in [row for row, name in enumerate(names) if name in taken]:
+            numbered = (f"{names[row]}-{number}" for number in count(2))
+            names[row] = next(name for name in numbered if name not in names and name not in self.snapshot.ids)
+        texts = Texts.of(names)
+        return replace(rows, ids=texts, keys=keys(texts)), present
 
     def remove(self, ids: Sequence[Id]) -> None:
         """Mark rows as removed.

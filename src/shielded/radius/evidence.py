@@ -20,8 +20,7 @@ from tqdm import tqdm
 from shielded.files import file_sha256
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.protected import ProtectedSet, add_images, find_images, load_images
-from shielded.protected.columns import Ids
-from shielded.protected.ingest.pictures import MIRRORED
+from shielded.protected.columns import MIRRORED, Ids
 from shielded.radius.alterations import CHANGES, Change
 
 QUERIES = 2000  # protected images whose neighbours are searched; more would not change a quantile much

@@ -16,17 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shielded.latent_space import LatentSpace, to_pixels
-from shielded.protected.columns import Id
+from shielded.protected.columns import MIRRORED, Id, is_mirrored
 from shielded.protected.ingest import sources
-from shielded.protected.ingest.pictures import (
-    MIRRORED,
-    Picture,
-    decode_picture,
-    in_threads,
-    is_mirrored,
-    skip,
-    unique_name,
-)
+from shielded.protected.ingest.pictures import Picture, decode_picture, in_threads, skip, unique_name
 from shielded.protected.ingest.sources import Paths
 from shielded.protected.protected_set import ProtectedSet
 
@@ -155,8 +147,10 @@ class Saver:
         self._images.clear()
         self._unsaved_bytes = 0
         ids, origins, digests = zip(*images, strict=True)
-        self._protected.add(latents, ids, self._radius, origins, digests)
-        self._result.added += len(images)
+        present: list[int] = []
+        self._protected.add(latents, ids, self._radius, origins, digests, present)
+        self._result.added += len(images) - len(present)
+        self._result.present += len(present)
 
     def __enter__(self) -> Saver:
         return self

@@ -15,8 +15,8 @@ from shielded.files import write_json
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL
 from shielded.protected import store
+from shielded.protected.columns import MIRRORED
 from shielded.protected.ingest.encoding import AddedImages, add_images
-from shielded.protected.ingest.pictures import MIRRORED
 from shielded.protected.ingest.sources import Paths, require_images
 from shielded.protected.protected_set import ProtectedSet
 
@@ -72,8 +72,9 @@ def protect(
 ) -> ProtectResult:
     """Encode images into a protected set on disk; remove images from one.
 
-    A call that was interrupted goes on where it stopped when it is repeated with the same paths, model, radius and
-    mirror.
+    A call that was interrupted, at any moment and in any way, goes on where it stopped when it is repeated with the
+    same paths, model, radius and mirror. A finished call may be repeated as well, as long as nothing else has changed
+    the set: it adds what is missing.
 
     Args:
         paths: images to protect, as in `add_images`; an empty list: none.
@@ -82,7 +83,7 @@ def protect(
         radius: shield radius of these images, L2 in the latent space; None leaves it open.
         mirror: also protect each image mirrored left to right, as `mirrored:ID`.
         add: add to a set that exists; its images stay.
-        remove: ids to remove first, each with its mirror image.
+        remove: ids to remove first, each with its mirror image; those that were removed before are passed over.
         compact: delete the vectors of removed images from disk at the end.
         overwrite: replace a set that exists.
         strict: raise if an image cannot be read, instead of skipping it.
@@ -97,7 +98,7 @@ def protect(
         FileExistsError: the folder holds a set (without `add` or `overwrite`) or other files.
         FileNotFoundError: a path or the set does not exist.
         KeyError: the set has no image of an id in `remove`.
-        EmptySetError: none of the images could be read. The empty set has been deleted.
+        EmptySetError: none of the images could be read. The set has been deleted if this call made it.
         ValueError: the set was made for another latent space, or `strict` and an image cannot be read.
         RuntimeError: another process is writing to the set, or no cluster answers.
         OSError: the disk is full or the folder read-only.
@@ -107,6 +108,7 @@ def protect(
     done, removed, other_radii = AddedImages(), 0, False
     if remove:
         removed = _remove(ProtectedSet.open(out), remove)
+    existed = (out / store.MANIFEST).exists() and not overwrite
     if given:
         other_radii = radius is not None and add and bool((ProtectedSet.open(out).radii != radius).any())
         job = {"paths": given, "model": model, "radius": radius, "mirror": mirror}
@@ -117,12 +119,16 @@ def protect(
     counts = {"removed": removed, **vars(done), "other_radii": other_radii}
     result = ProtectResult(str(out), len(protected), protected.version, **counts)
     if given and not len(protected):
-        _delete(out)  # so that the next try finds no set
+        if not existed:
+            _delete(out)  # so that the next try finds no set
         raise EmptySetError(result)
     return result
 
 
 def _remove(protected: ProtectedSet, ids: Sequence[str]) -> int:
+    """Remove ids with their mirror images; pass over those that are gone, as a call that is repeated has to."""
+    gone = {str(name) for event in protected.history for name in event.get("ids", [])}
+    ids = [name for name in dict.fromkeys(ids) if name in protected.ids or name not in gone]
     mirrored = [MIRRORED + name for name in ids]
     protected.remove([*ids, *(name for name in mirrored if name in protected.ids and name not in ids)])
     return len(ids)
@@ -139,12 +145,12 @@ def _add(
     ray: str | None,
 ) -> AddedImages:
     """Encode the images of a job into the set; resume the same job if it was interrupted."""
-    if out.is_file() or (out.is_dir() and not all(map(store.is_own, out.iterdir()))):
+    exists = (out / store.MANIFEST).exists()
+    if out.is_file() or (out.is_dir() and not exists and not all(map(store.is_own, out.iterdir()))):
         raise FileExistsError(f"{out} holds something else; give a protected set a folder of its own.")
-    note = out / store.UNFINISHED
-    keep = add or not overwrite
-    protected = ProtectedSet.open(out) if keep and (out / store.MANIFEST).exists() else None
-    if protected and not add and not (note.exists() and json.loads(note.read_text()) == job):
+    resumed = exists and not add and _resumes(out, job, overwrite)
+    protected = ProtectedSet.open(out) if exists and (add or resumed) else None
+    if exists and protected is None and not overwrite:
         raise FileExistsError(
             f"{out} is a protected set already; use --add (add=True) to add to it, or --overwrite (overwrite=True) to "
             "replace it."
@@ -159,8 +165,13 @@ def _add(
 
     space = LatentSpace.of(load(job["model"], device))
     if protected is None:
+        replaced = store.read_manifest(out)["version"] if exists else 0
+        if not exists:
+            store.require_no_remains(out)
+            out.mkdir(parents=True, exist_ok=True)
+        # Noted first, so that a set that is there without being finished always has its note.
+        write_json(out / store.UNFINISHED, {**job, "replaces": replaced})
         protected = ProtectedSet.create(out, space, torch.float16, overwrite)
-        write_json(note, job)
     options = {"radius": job["radius"], "strict": strict, "mirror": job["mirror"], "progress": progress}
     if ray is None:
         done = add_images(protected, job["paths"], space=space, **options)
@@ -168,8 +179,34 @@ def _add(
         from shielded.protected.ray.ingest import add_images_on_cluster
 
         done = add_images_on_cluster(protected, job["paths"], ray, job["model"], **options)
-    note.unlink(missing_ok=True)
+    if not add:
+        write_json(out / store.FINISHED, {"job": job, "version": ProtectedSet.open(out).version})
+    (out / store.UNFINISHED).unlink(missing_ok=True)
     return done
+
+
+def _resumes(out: Path, job: dict[str, Any], overwrite: bool) -> bool:
+    """Tell whether the set in a folder was made by the same job, finished or not, and by nothing else since."""
+    manifest, note = store.read_manifest(out), out / store.UNFINISHED
+    if note.exists():
+        unfinished = _json(note)
+        if unfinished is None:  # cut off by a power failure: whatever the job was, it was not finished
+            return not overwrite
+        replaced = unfinished.pop("replaces", 0)
+        return unfinished == job and manifest["version"] > replaced
+    finished = None if overwrite else _json(out / store.FINISHED)
+    if finished is None or finished.get("job") != job:
+        return False
+    since = store.read_history(out, manifest)[finished.get("version") :]
+    return all(event["action"] == "compact" for event in since)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _delete(out: Path) -> None:

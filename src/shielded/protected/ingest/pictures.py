@@ -16,9 +16,6 @@ from PIL import Image, ImageOps
 from shielded.latent_space import to_rgb
 from shielded.protected.columns import Id
 
-MIRRORED = "mirrored:"
-"""Prefix of the ids of mirrored images."""
-
 Result = TypeVar("Result")
 
 
@@ -41,11 +38,6 @@ def decode_picture(data: bytes) -> Image.Image:
     """Decode an image file, turned upright as its EXIF data says, in RGB."""
     with Image.open(io.BytesIO(data)) as image:
         return to_rgb(ImageOps.exif_transpose(image))
-
-
-def is_mirrored(name: Id) -> bool:
-    """Tell whether an id is that of a mirrored image."""
-    return str(name).startswith(MIRRORED)
 
 
 def unique_name(name: str, taken: set[Id]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -32,7 +33,7 @@ class Search:
     Without Numba, which these need, every search reads all rows.
 
     Earlier queries and what was found for them are cached, so that queries near them cost little. Queries may come in
-    any order: the cache saves time and never changes a result.
+    any order: the cache saves time and never changes a result. Several threads may search at once.
 
     Rows are numbered without those that have been removed.
 
@@ -53,6 +54,7 @@ class Search:
         self._vectors, self._paths, self._shape, self._memory = vectors, list(index_paths), tuple(shape), memory
         self._count = len(live_rows(vectors))
         self._on_devices: dict[torch.device, device.DeviceSearch] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._count
@@ -93,11 +95,12 @@ class Search:
         return self._choose(x).nearest(x, k)
 
     def _choose(self, x: Tensor) -> ExactSearch:
-        if self._on_device(x):
-            if x.device not in self._on_devices:
-                self._on_devices[x.device] = device.DeviceSearch(self._vectors, x.device)
-            return self._on_devices[x.device]
-        return self._on_host
+        with self._lock:  # several threads share one copy and one index
+            if self._on_device(x):
+                if x.device not in self._on_devices:
+                    self._on_devices[x.device] = device.DeviceSearch(self._vectors, x.device)
+                return self._on_devices[x.device]
+            return self._on_host
 
     def _on_device(self, x: Tensor) -> bool:
         return x.device.type == "cuda" and (x.device in self._on_devices or device.fits(self._vectors, x.device))

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shielded.protected.search.interface import Pairs, SearchableVectors, joined, live_rows, shrunk, sorted_pairs
+from shielded.protected.search.interface import (
+    Pairs,
+    SearchableVectors,
+    joined,
+    live_rows,
+    require_finite,
+    shrunk,
+    sorted_pairs,
+)
 
 _MAX_ARRAY_NUMBERS = 1 << 26  # numbers in the largest temporary array
 _MIN_MEASURED_PAIRS = 32  # pairs of each query that a nearest-neighbour search measures first
@@ -38,6 +46,7 @@ class DeviceSearch:
         self._latents = _copied(vectors, device)
         step = max(1, _MAX_ARRAY_NUMBERS // max(1, self._latents.shape[1]))
         self._squared = torch.cat([part.double().square().sum(1) for part in self._latents.split(step)])
+        require_finite(_numpy(self._squared))
 
     def within(self, x: Tensor, radius: np.ndarray, shrink: np.ndarray | None, nearest: int | None) -> Pairs:
         """Find all pairs with distance < radius: see `ExactSearch`."""
@@ -134,7 +143,7 @@ class DeviceSearch:
         parts = zip(query.split(step), row.split(step), strict=True)
         distance = torch.cat([(x[q] - self._latents[r].double()).norm(dim=1) for q, r in parts])
         if limit is not None:
-            at_limit = ((distance - limit).abs() <= 1e-12 * limit).nonzero().flatten()
+            at_limit = (((distance - limit).abs() <= 1e-12 * limit) & limit.isfinite()).nonzero().flatten()
             difference = _numpy(x[query[at_limit]]) - _numpy(self._latents[row[at_limit]])
             distance[at_limit] = torch.from_numpy(np.sqrt(np.square(difference).sum(1))).to(distance.device)
         return distance
@@ -142,7 +151,7 @@ class DeviceSearch:
 
 def fits(vectors: SearchableVectors, device: torch.device) -> bool:
     """Say whether a CUDA device has room for a copy of the references."""
-    size = len(live_rows(vectors)) * vectors.shape[1] * vectors.parts()[0][1].itemsize
+    size = len(live_rows(vectors)) * vectors.shape[1] * vectors.block(0).itemsize
     return size <= _MAX_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
 
 

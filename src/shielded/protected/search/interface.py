@@ -11,6 +11,7 @@ from torch import Tensor
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Query (P,) int64, row (P,) int64 and distance (P,) float64."""
 
+_NOT_FINITE = "The protected set is damaged: a row is not finite, so its distance is not defined."
 _MAX_CACHED_NUMBERS = 1 << 18  # numbers that stay in a processor's cache from one operation to the next
 
 
@@ -20,9 +21,20 @@ class SearchableVectors(Protocol):
     alive: np.ndarray | None
     """(K,) bool, False for stored rows that have been removed; None: no row has been removed."""
 
+    digests: list[str]
+    """SHA-256 of each shard's file."""
+
     @property
     def shape(self) -> tuple[int, int]:
         """(K, dim) with K stored rows."""
+        ...
+
+    def extents(self) -> list[tuple[int, int]]:
+        """List (first stored row, number of rows) of each shard."""
+        ...
+
+    def block(self, number: int) -> np.ndarray:
+        """Return the (n, dim) float16 or float32 of a shard."""
         ...
 
     def parts(self) -> list[tuple[int, np.ndarray]]:
@@ -83,7 +95,20 @@ def exact_distances(
         difference = x[query[part]]
         difference -= take(row[part])
         distance[part] = np.sqrt(np.square(difference, out=difference).sum(1))
+    if np.isnan(distance).any():
+        raise ValueError(_NOT_FINITE)
     return distance
+
+
+def require_finite(norms: np.ndarray) -> np.ndarray:
+    """Return the norms of stored rows.
+
+    Raises:
+        ValueError: one of them is not finite, so that its row would count as outside of every shield.
+    """
+    if not np.isfinite(norms).all():
+        raise ValueError(_NOT_FINITE)
+    return norms
 
 
 def shrunk(radius: np.ndarray, shrink: np.ndarray | None) -> np.ndarray:
@@ -91,7 +116,8 @@ def shrunk(radius: np.ndarray, shrink: np.ndarray | None) -> np.ndarray:
     if shrink is None:
         return radius
     subtracted = shrink.reshape(-1, *[1] * (radius.ndim - 1)) if np.ndim(shrink) else shrink
-    return np.sqrt(np.maximum(np.square(radius) - subtracted, 0))
+    with np.errstate(invalid="ignore"):  # an infinite radius less an infinite number: nothing is left
+        return np.sqrt(np.fmax(np.square(radius) - subtracted, 0))
 
 
 def sorted_pairs(pairs: Pairs, nearest: int | None = None) -> Pairs:

@@ -6,6 +6,7 @@ by subtraction in float64.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -20,6 +21,7 @@ from shielded.protected.search.interface import (
     float64,
     joined,
     live_rows,
+    require_finite,
     shrunk,
     sorted_pairs,
 )
@@ -41,6 +43,7 @@ class WholeSearch:
 
     def __init__(self, vectors: SearchableVectors, in_memory: bool) -> None:
         self._vectors, self._in_memory, self._stored = vectors, in_memory, live_rows(vectors)
+        self._lock = threading.Lock()
 
     def within(self, x: Tensor, radius: np.ndarray, shrink: np.ndarray | None, nearest: int | None) -> Pairs:
         """Find all pairs with distance < radius: see `ExactSearch`."""
@@ -65,10 +68,13 @@ class WholeSearch:
 
     def _parts(self) -> Iterator[tuple[int, Tensor, np.ndarray]]:
         """Yield first row, vectors and ‖z‖² of the rows that are in memory at a time, without removed ones."""
-        if self._in_memory:
-            yield 0, *self._matrix
+        with self._lock:  # one thread computes them
+            matrix = self._matrix if self._in_memory else None
+            all_norms = [] if self._in_memory else self._norms
+        if matrix is not None:
+            yield 0, *matrix
             return
-        for (start, vectors), norms in zip(self._vectors.parts(), self._norms, strict=True):
+        for (start, vectors), norms in zip(self._vectors.parts(), all_norms, strict=True):
             alive = slice(None) if self._vectors.alive is None else self._vectors.alive[start : start + len(vectors)]
             latents = torch.from_numpy(vectors[alive].copy())
             if len(latents):
@@ -88,7 +94,7 @@ def squared_norms(latents: Tensor) -> np.ndarray:
     """Compute ‖z‖² of each row of (K, dim), in float64."""
     step = max(1, _MAX_ARRAY_NUMBERS // max(1, latents.shape[1]))
     parts = [np.square(part.double().numpy()).sum(1) for part in latents.split(step)]
-    return np.concatenate([np.empty(0), *parts])
+    return require_finite(np.concatenate([np.empty(0), *parts]))
 
 
 def within(x: np.ndarray, latents: Tensor, norms: np.ndarray, radius: np.ndarray) -> Pairs:

@@ -43,15 +43,31 @@ _MAX_TASKS = 32  # of the thread pool
 _ROUND_UP = 1 + 1e-9
 
 
-class Pruner:
-    """Rule out rows of indexed shards, and cache what the search finds.
-
-    Queries that are searched at once share caches of LANES lanes each. Lane n is lane n % LANES of cache n // LANES.
+class PrunedShards:
+    """Indexes of all shards and what follows from them. Nothing of it changes, so that threads may share it.
 
     Args:
         indexes: index of each shard.
         starts: first stored row of each shard.
         counts: rows of each shard.
+    """
+
+    def __init__(self, indexes: list[Index], starts: list[int], counts: list[int]) -> None:
+        self.indexes, self.starts, self.counts = indexes, starts, counts
+        self.rows = [
+            IndexedRows(*(part.numpy() for part in (i.prefix, i.codes, i.scale, i.squared, i.rho, i.code_error)))
+            for i in indexes
+        ]
+        self.maxima = _CellMaxima(indexes)
+
+
+class Pruner:
+    """Rule out rows of indexed shards, and cache what the search finds. One thread at a time may use it.
+
+    Queries that are searched at once share caches of LANES lanes each. Lane n is lane n % LANES of cache n // LANES.
+
+    Args:
+        shards: the indexes.
         projection: P.
         alive: (K,) bool, False for rows that have been removed; None: no row has been removed.
 
@@ -60,25 +76,14 @@ class Pruner:
         neighbours: for each lane, stored rows that were found near its last query.
     """
 
-    def __init__(
-        self,
-        indexes: list[Index],
-        starts: list[int],
-        counts: list[int],
-        projection: Projection,
-        alive: np.ndarray | None,
-    ) -> None:
-        self.indexes, self.projection = indexes, projection
-        self._starts, self._counts, self._alive = starts, counts, alive
+    def __init__(self, shards: PrunedShards, projection: Projection, alive: np.ndarray | None) -> None:
+        self.indexes = indexes = shards.indexes
+        self.projection, self._starts, self._counts, self._alive = projection, shards.starts, shards.counts, alive
+        self.rows, self.maxima = shards.rows, shards.maxima
         cells = [len(index.low_norm) for index in indexes]
         self.cells = sum(cells)
         self._cell_starts = np.cumsum([0, *cells])
         self._row_starts = np.cumsum([0, *(len(index.order) for index in indexes)])
-        self.rows = [
-            IndexedRows(*(part.numpy() for part in (i.prefix, i.codes, i.scale, i.squared, i.rho, i.code_error)))
-            for i in indexes
-        ]
-        self.maxima = _CellMaxima(indexes)
         self._caches: list[_QueryCache] = []
         self.neighbours: list[np.ndarray] = []
 
@@ -192,7 +197,9 @@ class Pruner:
         largest = []
         for shard, (index, count) in enumerate(zip(self.indexes, self._counts, strict=True)):
             stored = self._stored(shard)[:count]
-            values = radius[:, row[stored]] if self._alive is None else radius[:, row[stored]] * self._alive[stored]
+            values = radius[:, row[stored]]
+            if self._alive is not None:
+                values = np.where(self._alive[stored], values, 0.0)
             largest.append(np.maximum.reduceat(values, np.arange(0, count, index.cell_rows), axis=1))
         return np.concatenate(largest, axis=1)
 

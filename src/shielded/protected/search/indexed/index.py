@@ -11,7 +11,8 @@ The rows are sorted by ‖z‖² and divided into cells of equal size, so that t
 any query and can be ruled out at once. The error of all codes is measured in float64 when the index is built, so bounds
 assume nothing about the data.
 
-An index is not part of the set: the first search builds it, it never changes, and it is deleted with its shard.
+An index is not part of the set: the first search builds it, it never changes, and it is deleted with its shard. It
+carries the digest of its shard and one of itself; one that does not fit or is damaged is built again.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shielded.files import sync
+from shielded.protected.search.interface import require_finite
 
-FORMAT = "shielded-index-2"
+FORMAT = "shielded-index-3"
 MAX_CELL_ROWS = 2048
 LINE_BYTES = 64  # rows of codes are padded to whole cache lines
 _PREFIX_NUMBERS = 128  # at most, in the prefix of a row, if there are no more channels than that
@@ -141,13 +143,16 @@ def build_index(rows: np.ndarray, projection: Projection) -> Index:
     Args:
         rows: (n, dim) float32 or float16.
         projection: P.
+
+    Raises:
+        ValueError: a row is not finite.
     """
     n, dim = rows.shape
     cells = -(-n // MAX_CELL_ROWS)
     size = -(-n // cells)
     step = max(1, _MAX_ARRAY_NUMBERS // dim)
     squared = np.concatenate([np.square(rows[a : a + step], dtype=np.float64).sum(1) for a in range(0, n, step)])
-    order = np.argsort(squared, kind="stable")
+    order = np.argsort(require_finite(squared), kind="stable")
     squared = squared[order]
     usual = order[squared <= 16 * squared[n // 2]]  # so that outliers do not make it coarse for all
     prefix_scale = _prefix_scale(rows, usual, step, projection)
@@ -214,11 +219,17 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.safetensors")
 
 
-def write_index(path: Path, index: Index) -> None:
-    """Write an index, with a digest of its content. Several processes may write the same one; the last one remains."""
+def write_index(path: Path, index: Index, shard: str) -> None:
+    """Write an index, with a digest of its content. Several processes may write the same one; the last one remains.
+
+    Args:
+        path: the index file.
+        index: the index.
+        shard: SHA-256 of the shard that it was built from.
+    """
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # `files.replacing` shares one name among processes
     try:
-        draft.write_bytes(_packed(_tensors(index)))
+        draft.write_bytes(_packed(_tensors(index), shard))
         sync(draft)
         draft.replace(path)
     finally:
@@ -234,24 +245,32 @@ def _file_name(field: str) -> str:
     return _FILE_NAMES.get(field, field)
 
 
-def _packed(tensors: dict[str, Tensor]) -> bytes:
+def _packed(tensors: dict[str, Tensor], shard: str) -> bytes:
     """Serialise as safetensors, padded so that the codes start at a page: rows then cover as few pages as possible."""
-    metadata = {"format": FORMAT, "sha256": _digest(tensors), "filling": ""}
+    metadata = {"format": FORMAT, "shard": shard, "sha256": _digest(tensors, shard), "filling": ""}
     content = save(tensors, metadata)
     start = 8 + int.from_bytes(content[:8], "little")
     at_codes = start + json.loads(content[8:start])["codes"]["data_offsets"][0]
     return save(tensors, {**metadata, "filling": " " * (-at_codes % _PAGE_BYTES)})
 
 
-def read_index(path: Path, rows: int, projection: Projection) -> Index | None:
-    """Map an index without reading it; None if the file is missing, damaged or not of this shard."""
+def read_index(path: Path, rows: int, projection: Projection, shard: str) -> Index | None:
+    """Map an index and compare it with its digest; None if the file is missing, damaged or not of this shard.
+
+    Args:
+        path: the index file.
+        rows: rows of the shard.
+        projection: P.
+        shard: SHA-256 of the shard.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("format") != FORMAT:
-                return None
-            index = Index(**{field.name: file.get_tensor(_file_name(field.name)) for field in fields(Index)})
-    except (OSError, SafetensorError):
+        tensors = _intact(path, shard)
+    except (OSError, ValueError):
         return None
+    names = {_file_name(field.name): field.name for field in fields(Index)}
+    if set(tensors) != set(names):
+        return None
+    index = Index(**{names[name]: tensor for name, tensor in tensors.items()})
     blank = len(index.order) - rows
     fits = 0 <= blank < len(index.low_norm) and (index.codes.shape[1], index.prefix.shape[1]) == (
         padded(projection.dim),
@@ -260,24 +279,48 @@ def read_index(path: Path, rows: int, projection: Projection) -> Index | None:
     return index if fits else None
 
 
-def check(path: Path) -> None:
-    """Compare an index with its digest.
+def check_index(path: Path, shard: str) -> None:
+    """Compare an index with its digest and its shard.
+
+    Args:
+        path: the index file.
+        shard: SHA-256 of the shard.
 
     Raises:
-        ValueError: a byte of the file has changed.
+        ValueError: a byte of the file has changed, or it is of another shard or of an earlier version.
     """
     try:
+        _intact(path, shard)
+    except ValueError:
+        raise ValueError(f"{path} is damaged; delete it, and the next search builds it again.") from None
+
+
+def _intact(path: Path, shard: str) -> dict[str, Tensor]:
+    """Map the tensors of an index file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not what `write` wrote for this shard.
+    """
+    if not path.is_file():  # a pipe would wait for a writer
+        raise FileNotFoundError(path)
+    try:
         with safe_open(path, "pt") as file:
-            digest = (file.metadata() or {}).get("sha256")
-            intact = digest == _digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except SafetensorError:
-        intact = False
-    if not intact:
-        raise ValueError(f"{path} is damaged; delete it, and the next search builds it again.")
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is no index ({error}).") from None
+    stated = (metadata.get("format"), metadata.get("shard"), metadata.get("sha256"))
+    if stated != (FORMAT, shard, _digest(tensors, shard)):
+        raise ValueError(f"{path} is not the index of its shard.")
+    return tensors
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], shard: str) -> str:
+    """Compute the SHA-256 of names, types, shapes and contents, and of the digest of the shard."""
+    digest = hashlib.sha256(shard.encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].numpy().data)
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.numpy().reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shielded.protected.search.indexed import index
-from shielded.protected.search.indexed.bounds import Pruner
+from shielded.protected.search.indexed.bounds import PrunedShards, Pruner
 from shielded.protected.search.indexed.index import Index, Projection
 from shielded.protected.search.interface import (
     Pairs,
@@ -27,6 +31,7 @@ from shielded.protected.search.interface import (
 )
 
 _MIN_ROWS_PER_PASS = 16  # rows that are measured before the next lower bound is compared, besides 3 k
+_CACHED_BYTES_PER_ROW = 40  # of a pruner with one cache
 _SPARE_NEIGHBOURS = 8  # rows that are cached for the next step, besides the k asked for
 _MIN_INITIAL_ROWS = 32  # rows that are measured for a first upper bound when the cache is empty or outdated
 
@@ -34,7 +39,8 @@ _MIN_INITIAL_ROWS = 32  # rows that are measured for a first upper bound when th
 class IndexedSearch:
     """Search through an index of each shard, which is built where it is missing.
 
-    Caches queries and what was found for them: see `bounds.py`.
+    Caches queries and what was found for them: see `bounds.py`. Threads that search at the same time have caches of
+    their own: at most one for each processor, and as many as there is memory for.
 
     Args:
         vectors: the references.
@@ -50,51 +56,64 @@ class IndexedSearch:
         self._count = len(live_rows(vectors))
         # The row of each stored row.
         self._row = np.arange(self._count) if vectors.alive is None else np.cumsum(vectors.alive) - 1
+        self._free: list[tuple[int, Pruner]] = []  # caches that no thread uses, and the thread that used each last
+        self._made = 0
+        self._most = max(1, min(os.cpu_count() or 1, memory // (_CACHED_BYTES_PER_ROW * max(1, vectors.shape[0]))))
+        self._changed = threading.Condition()
 
     def within(self, x: Tensor, radius: np.ndarray, shrink: np.ndarray | None, nearest: int | None) -> Pairs:
         """Find all pairs with distance < radius: see `ExactSearch`."""
         queries = float64(x)
-        if nearest is None:
-            return sorted_pairs(joined(self._all_within(queries, radius, shrink)))
-        return sorted_pairs(joined(self._nearest_within(queries, nearest, radius, shrink)), nearest)
+        with self._pruner() as pruner:
+            if nearest is None:
+                return sorted_pairs(joined(self._all_within(pruner, queries, radius, shrink)))
+            return sorted_pairs(joined(self._nearest_within(pruner, queries, nearest, radius, shrink)), nearest)
 
     def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest rows of each query: see `ExactSearch`."""
-        found = list(self._nearest_within(float64(x), k))
+        with self._pruner() as pruner:
+            found = list(self._nearest_within(pruner, float64(x), k))
         rows = np.array([row for _, row, _ in found], np.int64).reshape(-1, k)
         return np.array([distance for _, _, distance in found]).reshape(-1, k), rows
 
-    def _all_within(self, x: np.ndarray, radius: np.ndarray, shrink: np.ndarray | None) -> Iterator[Pairs]:
+    def _all_within(
+        self, pruner: Pruner, x: np.ndarray, radius: np.ndarray, shrink: np.ndarray | None
+    ) -> Iterator[Pairs]:
         for first, part, radii in self._batches(x, radius, shrink):
-            lanes, _ = self._pruner.match(part)
-            limit = radii.cell_limits(self._pruner, self._row, len(part))
-            for query, stored, _ in self._pruner.survivors(part, lanes, limit):
+            lanes, _ = pruner.match(part)
+            limit = radii.cell_limits(pruner, self._row, len(part))
+            for query, stored, _ in pruner.survivors(part, lanes, limit):
                 row = self._row[stored]
                 distance = exact_distances(part, self._vectors.take, query, stored)
                 inside = radii.contain(query, row, distance)
                 yield query[inside] + first, row[inside], distance[inside]
 
     def _nearest_within(
-        self, x: np.ndarray, k: int, radius: np.ndarray | None = None, shrink: np.ndarray | None = None
+        self,
+        pruner: Pruner,
+        x: np.ndarray,
+        k: int,
+        radius: np.ndarray | None = None,
+        shrink: np.ndarray | None = None,
     ) -> Iterator[Pairs]:
         """Yield the k nearest rows within the radius, query by query."""
         k = min(k, self._count)
         cached = min(k + _SPARE_NEIGHBOURS, self._count)
         for first, part, radii in self._batches(x, radius, shrink):
-            lanes, moved = self._pruner.match(part)
+            lanes, moved = pruner.match(part)
             # The k-th nearest row is not farther than the k-th nearest of any known rows.
-            known = [self._pruner.neighbours[lane] for lane in lanes]
+            known = [pruner.neighbours[lane] for lane in lanes]
             limit = self._squared_kth(part, known, k, radii)
             # After a jump the cached neighbours say little.
             if any(len(rows) < k for rows in known) or (np.square(moved) > limit / 4).any():
-                known = self._pruner.approximate_nearest(part, lanes, min(max(cached, _MIN_INITIAL_ROWS), self._count))
+                known = pruner.approximate_nearest(part, lanes, min(max(cached, _MIN_INITIAL_ROWS), self._count))
                 limit = np.minimum(limit, self._squared_kth(part, known, k, radii))
-            limit = np.minimum(limit[:, None], radii.cell_limits(self._pruner, self._row, len(part)))
-            query, stored, lower = joined(self._pruner.survivors(part, lanes, limit))
+            limit = np.minimum(limit[:, None], radii.cell_limits(pruner, self._row, len(part)))
+            query, stored, lower = joined(pruner.survivors(part, lanes, limit))
             for i, lane in enumerate(lanes):
                 of_query = query == i
                 distance, best = self._closest(part[i : i + 1], stored[of_query], lower[of_query], k, radii, i)
-                self._pruner.neighbours[lane] = np.append(best, known[i][~np.isin(known[i], best)])[:cached]
+                pruner.neighbours[lane] = np.append(best, known[i][~np.isin(known[i], best)])[:cached]
                 yield np.full(min(k, len(best)), first + i), self._row[best[:k]], distance[:k]
 
     def _squared_kth(self, x: np.ndarray, known: list[np.ndarray], k: int, radii: _Radii) -> np.ndarray:
@@ -150,29 +169,64 @@ class IndexedSearch:
             part = slice(first, first + size)
             yield first, x[part], _Radii(*(None if values is None else values[part] for values in (radius, shrink)))
 
-    @cached_property
-    def _pruner(self) -> Pruner:
-        projection = Projection(self._shape)
-        parts = self._vectors.parts()
-        indexes = [
-            self._index(path, rows, projection)
-            for path, (_, rows) in zip(tqdm(self._paths, "index", disable=None, leave=False), parts, strict=True)
-        ]
-        starts, counts = zip(*((start, len(rows)) for start, rows in parts), strict=True)
-        return Pruner(indexes, list(starts), list(counts), projection, self._vectors.alive)
+    @contextmanager
+    def _pruner(self) -> Iterator[Pruner]:
+        """Lend this thread a pruner: the one that it used last, or a new one, or one that is free.
 
-    def _index(self, path: Path, rows: np.ndarray, projection: Projection) -> Index:
-        """Map the index of a shard, built first if it is missing; in a temporary folder if the set's is read-only."""
-        found = index.read_index(path, len(rows), projection)
-        if found is not None:
-            return found
+        Raises:
+            ValueError: a shard is damaged.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            while not (pruner := self._taken(me)):
+                self._changed.wait()
+        try:
+            yield pruner
+        finally:
+            with self._changed:
+                self._free.append((me, pruner))
+                self._changed.notify()
+
+    def _taken(self, thread: int) -> Pruner | None:
+        at = next((i for i, (last, _) in enumerate(self._free) if last == thread), None)
+        if at is None and self._made < self._most:
+            self._made += 1
+            try:
+                return Pruner(*self._shared)
+            except BaseException:
+                self._made -= 1
+                raise
+        if at is None and not self._free:
+            return None
+        return self._free.pop(at or 0)[1]
+
+    @cached_property
+    def _shared(self) -> tuple[PrunedShards, Projection, np.ndarray | None]:
+        """Map or build what all pruners read and none changes."""
+        projection = Projection(self._shape)
+        extents, digests = self._vectors.extents(), self._vectors.digests
+
+        def read(number: int) -> Index | None:
+            return index.read_index(self._paths[number], extents[number][1], projection, digests[number])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(read, range(len(extents))))
+        indexes = []
+        for number, known in enumerate(tqdm(found, "index", disable=None, leave=False)):
+            indexes.append(known if known is not None else self._built(number, projection))
+        starts, counts = zip(*extents, strict=True)
+        return PrunedShards(indexes, list(starts), list(counts)), projection, self._vectors.alive
+
+    def _built(self, number: int, projection: Projection) -> Index:
+        """Build the index of a shard and write it; to a temporary folder if the set's is read-only."""
+        path, digest, rows = self._paths[number], self._vectors.digests[number], self._vectors.block(number)
         built = index.build_index(rows, projection)
         try:
-            index.write_index(path, built)
+            index.write_index(path, built, digest)
         except OSError:
             path = Path(self._folder.name) / path.name
-            index.write_index(path, built)
-        return index.read_index(path, len(rows), projection) or built
+            index.write_index(path, built, digest)
+        return index.read_index(path, len(rows), projection, digest) or built
 
     @cached_property
     def _folder(self) -> tempfile.TemporaryDirectory[str]:
