@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from helpers.descriptors import pictures, small_descriptor
 from shielded.copies import Descriptor
 from shielded.latent_space import LatentSpace
-from shielded.protected import ProtectedSet, store
+from shielded.protected import ProtectedSet, add_images, store
 
 SPACE = LatentSpace(shape=(2, 3, 3))
 COUNT = 30
@@ -173,3 +173,22 @@ def test_wrong_questions_are_refused(protected, vectors):
         protected.copies(vectors[:1], k=31)
     with pytest.raises(ValueError, match=r"descriptors must be \(B, 12\)"):
         protected.copies(torch.zeros(1, 5))
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_protected_files_are_described_as_they_are_encoded(tmp_path, descriptor, monkeypatch, mirror):
+    def encode(self, images, batch_size=16):
+        return images if isinstance(images, torch.Tensor) else torch.empty(0, 3, 32, 32)
+
+    monkeypatch.setattr(LatentSpace, "encode", encode)
+    space = LatentSpace(shape=(3, 32, 32), image_size=(32, 32))
+    (tmp_path / "images").mkdir()
+    images = pictures(5)
+    for name, image in zip("abcde", images, strict=True):
+        image.save(tmp_path / "images" / f"{name}.png")
+    protected = ProtectedSet.create(tmp_path / "set", space, descriptor=descriptor)
+    result = add_images(protected, tmp_path / "images", batch_size=2, mirror=mirror, progress=False)
+    assert result.added == (10 if mirror else 5)
+    similarities, ids = protected.copies(images, k=2 if mirror else 1)
+    assert [set(names) for names in ids] == [{name, f"mirrored:{name}"} if mirror else {name} for name in "abcde"]
+    torch.testing.assert_close(similarities, torch.ones_like(similarities), atol=1e-5, rtol=0)

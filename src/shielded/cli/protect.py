@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 _MAX_SKIPPED_SHOWN = 20
 
 
+def _known(name: str | None) -> str | None:
+    """Refuse a descriptor that does not come with this package."""
+    if name not in (None, "shielded"):
+        raise typer.BadParameter(f"there is no descriptor {name!r} here; shielded comes along.")
+    return name
+
+
 def protect(
     out: Annotated[Path, typer.Option("--out", metavar="SET", help="The protected set.")],
     paths: Annotated[
@@ -41,6 +48,10 @@ def protect(
     strict: Annotated[bool, typer.Option("--strict", metavar="", help="Stop at an image that cannot be read.")] = False,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Ray cluster whose workers read and encode.")
+    ] = None,
+    descriptor: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", callback=_known, help="Find changed copies too, by this network: shielded."),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -72,6 +83,7 @@ def protect(
                 strict=strict,
                 ray=ray,
                 device=device,
+                descriptor=descriptor,
                 progress=not as_json,
             )
         except FileExistsError as error:

@@ -35,8 +35,7 @@ def verify(
 ) -> None:
     """Measure images against a protected set, and check their certificates and audit log.
 
-    Exit code 1 if an image lies inside a shield or is a copy by the set's descriptor, or a certificate or a log does not
-    hold.
+    Exit code 1 if an image lies inside a shield or is a copy, or a certificate or a log does not hold.
 
     Example: shielded verify images/with --protect my-set
     """

@@ -87,7 +87,9 @@ def add_images(
     with bar, closing(missing), Saver(protected, radius, result) as saver:
         # Whole batches are saved, so that a resumed run forms the same batches as one that was not interrupted.
         while batch := list(islice(missing, batch_size)):
-            saver.append([image for image, _ in batch], encode_pixels(space, [pixels for _, pixels in batch]))
+            pixels = [picture for _, picture in batch]
+            described = None if protected.descriptor is None else protected.describe(torch.stack(pixels))
+            saver.append([image for image, _ in batch], encode_pixels(space, pixels), described)
     return result
 
 
@@ -126,13 +128,19 @@ class Saver:
         self._protected, self._radius, self._result = protected, radius, result
         self._images: list[EncodedImage] = []
         self._latents: list[Tensor] = []
+        self._descriptors: list[Tensor] = []
         self._unsaved_bytes = 0
         self._saved = time.monotonic()
 
-    def append(self, images: Sequence[EncodedImage], latents: Tensor) -> None:
-        """Collect images with their latents (n, *shape); save if a kill would cost too much by now."""
+    def append(self, images: Sequence[EncodedImage], latents: Tensor, descriptors: Tensor | None = None) -> None:
+        """Collect images with their latents (n, *shape); save if a kill would cost too much by now.
+
+        In a set with a descriptor the images come with their `descriptors` (n, d).
+        """
         self._images += images
         self._latents.append(latents)
+        if descriptors is not None:
+            self._descriptors.append(descriptors)
         self._unsaved_bytes += latents.nbytes
         if time.monotonic() - self._saved >= _SAVE_SECONDS or self._unsaved_bytes >= _SAVE_BYTES:
             self.save()
@@ -143,12 +151,14 @@ class Saver:
         if not self._images:
             return
         latents, images = torch.cat(self._latents), list(self._images)
+        given = (latents, torch.cat(self._descriptors)) if self._descriptors else latents
         self._latents.clear()
+        self._descriptors.clear()
         self._images.clear()
         self._unsaved_bytes = 0
         ids, origins, digests = zip(*images, strict=True)
         present: list[int] = []
-        self._protected.add(latents, ids, self._radius, origins, digests, present)
+        self._protected.add(given, ids, self._radius, origins, digests, present)
         self._result.added += len(images) - len(present)
         self._result.present += len(present)
 

@@ -69,6 +69,7 @@ def protect(
     ray: str | None = None,
     device: str | None = None,
     progress: bool = True,
+    descriptor: str | None = None,
 ) -> ProtectResult:
     """Encode images into a protected set on disk; remove images from one.
 
@@ -90,6 +91,8 @@ def protect(
         ray: address of a Ray cluster whose workers read and encode; see `shielded.protected.ray`.
         device: where to encode; None: CUDA if available.
         progress: show a progress bar.
+        descriptor: "shielded", so that a new set also finds changed copies; None: it has shields alone. A set that
+            exists keeps what it has.
 
     Returns:
         Counts of what was done, and the images that were skipped.
@@ -99,19 +102,23 @@ def protect(
         FileNotFoundError: a path or the set does not exist.
         KeyError: the set has no image of an id in `remove`.
         EmptySetError: none of the images could be read. The set has been deleted if this call made it.
-        ValueError: the set was made for another latent space, or `strict` and an image cannot be read.
+        ValueError: the set was made for another latent space, `strict` and an image cannot be read, or a descriptor
+            together with `ray`.
         RuntimeError: another process is writing to the set, or no cluster answers.
         OSError: the disk is full or the folder read-only.
     """
     out = Path(out)
     given = [os.fspath(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     done, removed, other_radii = AddedImages(), 0, False
+    if descriptor is not None and ray is not None:
+        raise ValueError("A cluster does not describe images yet; leave out the descriptor, or ray.")
     if remove:
         removed = _remove(ProtectedSet.open(out), remove)
     existed = (out / store.MANIFEST).exists() and not overwrite
     if given:
         other_radii = radius is not None and add and bool((ProtectedSet.open(out).radii != radius).any())
         job = {"paths": given, "model": model, "radius": radius, "mirror": mirror}
+        job |= {} if descriptor is None else {"descriptor": descriptor}
         done = _add(out, job, add or bool(remove), overwrite, strict, device, progress, ray)
     protected = ProtectedSet.open(out)
     if compact:
@@ -171,7 +178,7 @@ def _add(
             out.mkdir(parents=True, exist_ok=True)
         # Noted first, so that a set that is there without being finished always has its note.
         write_json(out / store.UNFINISHED, {**job, "replaces": replaced})
-        protected = ProtectedSet.create(out, space, torch.float16, overwrite)
+        protected = ProtectedSet.create(out, space, torch.float16, overwrite, job.get("descriptor"))
     options = {"radius": job["radius"], "strict": strict, "mirror": job["mirror"], "progress": progress}
     if ray is None:
         done = add_images(protected, job["paths"], space=space, **options)

@@ -66,6 +66,8 @@ def add_images_on_cluster(
         FileNotFoundError: a path does not exist, or there is no image in it. Other errors are those of `add_images`.
     """
     sources.require_images(paths)
+    if protected.descriptor is not None:
+        raise ValueError("A cluster does not describe images yet, and this set has a descriptor; add them without ray.")
     connect(address)
     result = AddedImages()
     total = sources.count_pictures(paths) if progress else None
