@@ -49,6 +49,8 @@ def test_verify_holds_for_what_the_demo_wrote_and_not_for_the_plain_images(made)
     found = json.loads(result.stdout)
     assert (found["leaks"], found["failed_certificates"]) == (0, 0)
     assert found["logs"] == {str(out / "with" / "audit.jsonl"): []}
+    assert found["verdict"].startswith("Verdict: holds. 16 images measured, all outside every shield")
+    assert not any(image["not_checked"] for image in found["images"])
     result = runner.invoke(app, ["verify", str(out / "without"), *arguments])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["leaks"] == 16
@@ -68,9 +70,13 @@ def test_verify_says_which_certificate_does_not_hold(made, tmp_path):
     (tmp_path / "with" / "audit.jsonl").unlink()
     arguments = ["verify", str(image), "--protect", str(out / "protected")]
     assert runner.invoke(app, arguments).exit_code == 0
+    assert runner.invoke(app, arguments).stdout.splitlines()[-1].startswith("Verdict: holds. 1 image measured")
     result = runner.invoke(app, [*arguments, "--certified"])
     assert result.exit_code == 1
     assert "no certificate" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(
+        "Verdict: does not hold. Of 1 image measured: 1 with a certificate"
+    )
 
 
 def test_an_existing_folder_is_kept(made):

@@ -278,7 +278,7 @@ def figures(tmp_path, rows, **report):
 def test_a_leak_after_decoding_is_marked(tmp_path):
     leak = certificate(16.25, decoded_id="heart_7", decoded_distance=15.5, inside=True)
     rows = make_rows(1, distance_without=None, certificate_with=leak)
-    assert figures(tmp_path, rows) == {"": False, "16.25 · inside once decoded": True}
+    assert figures(tmp_path, rows) == {"": False, "15.50 · inside once decoded": True}
     assert mask(protection_grid(rows, radius=16.0), MARKED).any()
 
 

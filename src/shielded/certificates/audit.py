@@ -13,9 +13,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from shielded.certificates.reading import COUNT, DIGEST, FILE_NAME, OBJECT, TEXT, Check, check_fields, strict_json
 from shielded.files import chained
 
 LOG = "audit.jsonl"  # beside the images of a run
+_CHECKS: dict[str, Check] = {
+    "line": COUNT,
+    "event": TEXT,
+    "image": FILE_NAME,
+    "sha256": DIGEST,
+    "certificate_sha256": DIGEST,
+    "settings": OBJECT,
+}
 
 
 class AuditLog:
@@ -60,21 +69,57 @@ def read_log(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[s
         its lines, as far as they are JSON objects, and what is wrong with it, a sentence each.
     """
     records: list[dict[str, Any]] = []
-    problems = []
+    problems: list[str] = []
     previous = ""
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    lines = Path(path).read_bytes().split(b"\n")
+    if lines.pop():  # what follows the last line's end
+        problems.append("its last line is cut")
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError:
-            problems.append(f"line {number} is not a JSON object")
-            record = None
-        else:
-            records.append(record)
-            if record.get("previous") != previous:
-                problems.append(f"the line before line {number} was changed or removed")
+            record = strict_json(line)
+            check_fields(record, _CHECKS)
+        except ValueError as error:
+            problems.append(f"line {number} is no record: {error}")
+            previous = chained(line)
+            continue
+        if record.get("previous") != previous:
+            problems.append(f"the line before line {number} was changed or removed")
+        if record.get("line") != number - 1:
+            problems.append(f"line {number} has another number: lines were removed or put in")
+        if records and records[-1].get("event") == "end":
+            problems.append(f"line {number} follows the end")
+        records.append(record)
         previous = chained(line)
     if not records or records[-1].get("event") != "end":
         problems.append("its end is missing: the run was stopped, or lines were removed")
     return records, problems
+
+
+def log_sha256(path: str | os.PathLike[str]) -> str:
+    """Compute the digest of a log's last line, which `report.json` of the run holds."""
+    lines = Path(path).read_bytes().splitlines()
+    return chained(lines[-1]) if lines else ""
+
+
+def reported_logs(folder: Path) -> dict[str, list[str]]:
+    """Compare the log beside the images of a folder with what the run's `report.json` says of it.
+
+    Args:
+        folder: of the images.
+
+    Returns:
+        Path of the log -> what is wrong with it; empty if there is no report that names a log of this folder.
+    """
+    report, log = folder.parent / "report.json", folder / LOG
+    try:
+        entry = json.loads(report.read_bytes())["audit_log"]
+        named, expected = folder.parent / entry["file"], entry["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    if named.resolve() != log.resolve():
+        return {}
+    if not log.is_file():
+        return {str(log): [f"it is missing, and {report} names it"]}
+    return {
+        str(log): [] if log_sha256(log) == expected else [f"it is not the log that {report} names: its end differs"]
+    }

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from shielded import __version__
+from shielded.certificates import reading
 from shielded.certificates.copy_check import copy_fields
 from shielded.files import file_sha256, replacing, sha256, write_json
 from shielded.latent_space import to_rgb
@@ -107,17 +108,60 @@ class Certificate:
         Raises:
             ValueError: the text is not a certificate.
         """
-        known = {f.name for f in fields(cls)}
         try:
-            content = json.loads(text)
-            certificate = cls(**{key: value for key, value in content.items() if key in known})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"this is not a certificate: {error}") from None
-        for name in ("nearest_distance", "radius", "decoded_distance"):
-            value = getattr(certificate, name)
-            if not isinstance(value, (int, float)) and not (value is None and name == "decoded_distance"):
-                raise ValueError(f"this is not a certificate: {name} is {value!r}.")
-        return certificate
+            return cls.from_content(reading.strict_json(text))
+        except ValueError as error:
+            raise ValueError(f"this is not a certificate: {error}.") from None
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> Certificate:
+        """Read the fields of a certificate, as JSON types.
+
+        Raises:
+            ValueError: a field is missing, or of another type or range.
+        """
+        reading.check_fields(content, _CHECKS)
+        missing = [f.name for f in fields(cls) if f.name in _REQUIRED and f.name not in content]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} is missing")
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in content.items() if key in known})
+
+    @property
+    def distance(self) -> float:
+        """The smaller of the distances of the finished latents and of the picture, encoded again."""
+        decoded = self.decoded_distance
+        return self.nearest_distance if decoded is None else min(self.nearest_distance, decoded)
+
+
+# What a reader of a certificate may rely on, whoever wrote it.
+_CHECKS: dict[str, reading.Check] = {
+    "image": reading.FILE_NAME,
+    "sha256": reading.or_none(reading.DIGEST),
+    "nearest_id": reading.TEXT,
+    "nearest_distance": reading.LENGTH,
+    "radius": reading.RADIUS,
+    "inside": reading.BOOL,
+    "attempts": reading.ATTEMPTS,
+    "protected_set": reading.TEXT,
+    "protected_version": reading.COUNT,
+    "protected_history": reading.or_none(reading.DIGEST),
+    "pixels_sha256": reading.or_none(reading.DIGEST),
+    "decoded_id": reading.or_none(reading.TEXT),
+    "decoded_distance": reading.or_none(reading.LENGTH),
+    "copy_id": reading.or_none(reading.TEXT),
+    "copy_similarity": reading.or_none(reading.SIMILARITY),
+    "copy_threshold": reading.or_none(reading.SIMILARITY),
+    "copy": reading.or_none(reading.BOOL),
+    "descriptor": reading.or_none(reading.OBJECT),
+    "repair": reading.or_none(reading.REPAIR),
+    "prompt": reading.or_none((lambda value: isinstance(value, str), "text")),
+    "seed": reading.or_none(reading.COUNT),
+    "model": reading.or_none(reading.TEXT),
+    "settings": reading.OBJECT,
+    "package_version": reading.TEXT,
+}
+_REQUIRED = {f.name for f in fields(Certificate) if f.default is MISSING and f.default_factory is MISSING}
 
 
 @dataclass(frozen=True)
@@ -298,6 +342,11 @@ def history_sha256(protected: ProtectedSet) -> str:
     return sha256(json.dumps(protected.history, sort_keys=True).encode())
 
 
-def certificate_sha256(certificate: Certificate) -> str:
-    """Compute the SHA-256 of a certificate's content, the same for the copies beside a file and inside it."""
-    return sha256(json.dumps(asdict(replace(certificate, sha256=None)), sort_keys=True).encode())
+def certificate_sha256(certificate: Certificate | Mapping[str, Any]) -> str:
+    """Compute the SHA-256 of a certificate's content, the same for the copies beside a file and inside it.
+
+    Args:
+        certificate: the certificate, or its content as it was read, with fields that this version does not know.
+    """
+    content = asdict(certificate) if isinstance(certificate, Certificate) else dict(certificate)
+    return sha256(json.dumps({**content, "sha256": None}, sort_keys=True).encode())

@@ -46,7 +46,7 @@ def refuted_copy(claim: Certificate, found: dict[str, Any]) -> list[str]:
         return [] if claim.descriptor is None else ["its certificate names a descriptor, and the set has none"]
     if claim.descriptor is None:
         return ["its certificate does not say whether it is a copy, and the set has a descriptor"]
-    if claim.descriptor.get("sha256") != found["descriptor"]["sha256"]:
+    if claim.descriptor != found["descriptor"]:
         return ["its certificate is for another descriptor than that of this protected set"]
     problems = []
     if claim.copy_similarity is None or abs(claim.copy_similarity - found["copy_similarity"]) > TOLERANCE:
@@ -54,6 +54,8 @@ def refuted_copy(claim: Certificate, found: dict[str, Any]) -> list[str]:
             f"its certificate is forged: it says that the picture is similar to {claim.copy_id} by "
             f"{claim.copy_similarity}, measured is {found['copy_similarity']:.3f} to {found['copy_id']}"
         )
+    elif claim.copy_threshold != found["copy_threshold"] or (claim.copy is None) != (claim.copy_threshold is None):
+        problems.append("its certificate is for another threshold of copies than that of this protected set")
     elif claim.copy_threshold is not None and claim.copy != (claim.copy_similarity >= claim.copy_threshold):
         problems.append(
             f"its certificate contradicts itself: a similarity of {claim.copy_similarity:.3f} and a threshold of "

@@ -23,6 +23,7 @@ from shielded.cli.options import (
     positive,
     repairs,
     show,
+    smallest_distances,
 )
 
 
@@ -66,11 +67,12 @@ def demo(
 def _demo_summary(report: dict[str, Any], out: Path) -> str:
     from shielded.runs.report.rows import number
 
-    without, with_ = ({k: report[f"{k}_{w}"] for k in ("leaks", "min_distance", "vendi")} for w in ("without", "with"))
+    without, with_ = ({k: report[f"{k}_{w}"] for k in ("leaks", "vendi")} for w in ("without", "with"))
+    before, after = smallest_distances(report)
     again = "\n".join(["", *repairs(report)])
     return (
         f"Inside a shield: {without['leaks']} of {report['n']} images without SPELL, {with_['leaks']} with.\n"
-        f"Nearest protected image: {without['min_distance']:.2f} without, {number(with_['min_distance'])} with; "
+        f"Nearest protected image: {number(before)} without, {number(after)} with; "
         f"the radius is {report['radius']:g}.{again}\n"
         f"Vendi score of one prompt: {without['vendi']:.2f} without, {with_['vendi']:.2f} with.\n"
         f"Open {out / 'report.html'}"

@@ -25,6 +25,7 @@ from shielded.cli.options import (
     positive,
     repairs,
     show,
+    smallest_distances,
 )
 from shielded.models import DEFAULT_MODEL
 
@@ -119,7 +120,7 @@ def _summary(report: dict[str, Any], out: Path) -> str:
     if protect := found["leaks"][0] is not None:
         lines.append(f"Inside a shield: {found['leaks'][0]} of {report['n']} without SPELL, {found['leaks'][1]} with.")
     what, key = ("Nearest protected image", "min_distance") if protect else ("Closest two images", "min_pair_distance")
-    distances = [report.get(f"{key}_{w}") for w in ("without", "with")]
+    distances = smallest_distances(report) if protect else [report.get(f"{key}_{w}") for w in ("without", "with")]
     if distances != [None, None]:
         radius = "" if report["radius"] is None else f"; the radius is {number(report['radius'])}"
         lines.append(f"{what}: {number(distances[0])} without, {number(distances[1])} with{radius}.")

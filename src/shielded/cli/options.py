@@ -155,6 +155,15 @@ def show(result: dict[str, Any], as_json: bool, summary: str) -> None:
     typer.echo(json.dumps(result, indent=2) if as_json else summary)
 
 
+def smallest_distances(report: dict[str, Any]) -> list[float | None]:
+    """Return the smallest distance from a protected image without and with SPELL, of latents or decoded pictures."""
+    found = []
+    for side in ("without", "with"):
+        distances = [report.get(f"{key}_{side}") for key in ("min_distance", "min_decoded_distance")]
+        found.append(min((distance for distance in distances if distance is not None), default=None))
+    return found
+
+
 def repairs(report: dict[str, Any]) -> list[str]:
     """List repaired and refused images for the summary of a run."""
     lines = []
@@ -162,6 +171,11 @@ def repairs(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"Repaired: {report['restarted']} by sampling again, {report['pushed']} by a push; "
             f"{report['samplings']} samplings for {report['n']} images."
+        )
+    for image in report.get("unresolved", ()):
+        lines.append(
+            f"Not resolved: {image['prompt']}, seed {image['seed']}: still inside a shield, or closer than the "
+            "radius to another image."
         )
     for refused in report["refused"]:
         lines.append(f"Refused: {refused['prompt']}, seed {refused['seed']}: {refused['reason']}.")

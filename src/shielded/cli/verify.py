@@ -65,7 +65,10 @@ def verify(
             where = f"{'inside' if image.inside else 'outside'}, {image.distance:.2f} from {image.nearest_id}"
             lines.append(f"{image.image}: {where} (radius {image.radius:g}){_copy(image)}; {_finding(image)}")
         lines += [f"{path}: {'; '.join(problems) or 'holds'}" for path, problems in logs.items()]
+        verdict = _verdict(verified, bad_logs, len(skipped))
+        lines.append(verdict)
         result = {
+            "verdict": verdict,
             "n": len(verified),
             "leaks": sum(image.inside for image in verified),
             "copies": sum(image.copy or False for image in verified),
@@ -88,4 +91,31 @@ def _copy(image: Verified) -> str:
 
 
 def _finding(image: Verified) -> str:
-    return "; ".join(image.problems) or ("certificate holds" if image.certified else "no certificate")
+    found = "; ".join(image.problems) or ("certificate holds" if image.certified else "no certificate")
+    return f"{found}; not checked: {', '.join(image.not_checked)}" if image.not_checked else found
+
+
+def _verdict(verified: list[Verified], bad_logs: dict[str, list[str]], skipped: int) -> str:
+    """Write the line that ends the command's output."""
+    from shielded.runs.report.summary import counted
+
+    copies = sum(image.copy or False for image in verified)
+    inside, failed = sum(image.inside for image in verified), sum(bool(image.problems) for image in verified)
+    bare = sum(not image.certified for image in verified)
+    partly = sum(bool(image.not_checked) for image in verified)
+    faults = [
+        f"{inside} inside a shield" if inside else "",
+        f"{counted(copies, 'copy', 'copies')}" if copies else "",
+        f"{failed} with a certificate or file that does not hold" if failed else "",
+        f"{counted(len(bad_logs), 'audit log')} that does not hold" if bad_logs else "",
+        f"{counted(skipped, 'file')} skipped" if skipped else "",
+    ]
+    notes = [f"{bare} without a certificate" if bare else "", f"{partly} not checked in full" if partly else ""]
+    measured = f"{counted(len(verified), 'image')} measured"
+    if any(faults):
+        return f"Verdict: does not hold. Of {measured}: {', '.join(filter(None, [*faults, *notes]))}."
+    if not bare:
+        what = "all outside every shield, all certificates hold"
+    else:
+        what = "all outside every shield" + (", the certificates hold" if bare < len(verified) else "")
+    return f"Verdict: holds. {measured}, {', '.join(filter(None, [what, *notes]))}."

@@ -230,6 +230,11 @@ class Ids(StoredColumn):
     def __contains__(self, name: object) -> bool:
         return isinstance(name, Id) and bool(self.find([name]))
 
+    def rows(self, names: Sequence[Id]) -> dict[Id, int]:
+        """Find those of these names (at least one) that the set has; return the row of each, as in `vectors`."""
+        found = self.find(names)
+        return found if self._live is None else {n: int(np.searchsorted(self._live, row)) for n, row in found.items()}
+
     def find(self, names: Sequence[Id]) -> dict[Id, int]:
         """Find those of these names (at least one) that the set has; return the stored row of each."""
         texts = Texts.of(names)

@@ -101,6 +101,15 @@ class PairReport:
         """Number of images that SPELL pushed in at least one step."""
         return len({row["image"] for row in self.spell.trace if row["push"] > 0})
 
+    @property
+    def unresolved(self) -> list[Row]:
+        """Rows whose image with SPELL ended too close to something, as the trace says; no repaired or refused ones."""
+        last: dict[int, dict[str, Any]] = {}
+        for entry in self.spell.trace:
+            last[entry["image"]] = entry
+        ended = {image for image, entry in last.items() if entry["unresolved"]}
+        return [r for i, r in enumerate(self.rows) if i in ended and r.refused is None and r.repair is None]
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of `report.json` that all commands share, without the audit log."""
         before, after = self.certificates_without, self.certificates
@@ -121,6 +130,7 @@ class PairReport:
             "samplings": sum(row.attempts for row in self.rows),
             "restarted": _count(self.rows, "restart"),
             "pushed": _count(self.rows, "push"),
+            "unresolved": [{"prompt": row.prompt, "seed": row.seed} for row in self.unresolved],
             "refused": [
                 {"prompt": row.prompt, "seed": row.seed, "attempts": row.attempts, "reason": row.refused}
                 for row in self.refused

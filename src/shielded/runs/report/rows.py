@@ -128,13 +128,13 @@ def number(value: float | None) -> str:
 
 
 def caption(certificate: Certificate | None) -> str:
-    """Write the distance and the verdict of a certificate: "9.53 · inside"; "" without a certificate."""
+    """Write the smaller distance and the verdict of a certificate: "9.53 · inside"; "" without a certificate."""
     if certificate is None:
         return ""
     verdict = "outside"
     if certificate.inside:  # a certificate of latents inside a shield names that shield and its radius
         verdict = "inside" if certificate.nearest_distance < certificate.radius else "inside once decoded"
-    return f"{number(certificate.nearest_distance)} · {verdict}"
+    return f"{number(certificate.distance)} · {verdict}"
 
 
 def _leaked(certificate: Certificate | None) -> bool:

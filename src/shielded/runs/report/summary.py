@@ -41,6 +41,13 @@ def lead(report: Mapping) -> str:
     if before is not None and after is not None:
         reach = "their radius" if radius is None else f"the radius of {number(radius)}"
         sentences.append(f"Closer to a protected image than {reach}: {before} without SPELL, {after} with it.")
+    unresolved = len(report.get("unresolved") or ())
+    if unresolved:
+        verb, them = ("is", "it") if unresolved == 1 else ("are", "them")
+        sentences.append(
+            f"{counted(unresolved, 'image')} {verb} still inside a shield or closer than the radius to another image: "
+            f"SPELL found no way out for {them}."
+        )
     refused = len(report.get("refused") or ())
     if refused:
         verb, reason = ("was", "it lies") if refused == 1 else ("were", "they lie")
@@ -82,6 +89,6 @@ def facts(report: Mapping) -> list[Fact]:
     return found
 
 
-def counted(n: int, noun: str) -> str:
+def counted(n: int, noun: str, plural: str | None = None) -> str:
     """Write a number of things: "1 image", "2 images"."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+    return f"{n} {noun if n == 1 else plural or noun + 's'}"
