@@ -104,6 +104,21 @@ def test_pictures_are_cut_to_the_shape_of_the_set(tmp_path, descriptor):
     torch.testing.assert_close(protected.describe([wide]), descriptor.of([wide.crop((10, 0, 50, 40))]))
 
 
+def test_the_threshold_can_be_changed(protected, descriptor):
+    assert protected.copy_threshold == 0.9
+    version = protected.version
+    protected.set_copy_threshold(0.75)
+    opened = ProtectedSet.open(protected.path, descriptor=descriptor)
+    assert protected.copy_threshold == opened.copy_threshold == 0.75
+    assert (opened.version, opened.history[-1]["action"]) == (version + 1, "threshold")
+    assert len(ProtectedSet.open(protected.path, version, descriptor=descriptor)) == COUNT
+    protected.remove(names(0, 1))
+    assert protected.copy_threshold == 0.75
+    for wrong in (1.5, float("nan")):
+        with pytest.raises(ValueError, match="between -1 and 1"):
+            protected.set_copy_threshold(wrong)
+
+
 def test_a_damaged_descriptor_is_noticed(protected):
     file = min(protected.path.glob("*[0-9].safetensors"))
     content = bytearray(file.read_bytes())

@@ -25,6 +25,8 @@ from shielded.cli.options import (
 )
 from shielded.models import DEFAULT_MODEL
 
+_LITTLE = 0.5  # share of copies below which the summary says that the radius catches little
+
 
 def calibrate(
     out: Out = Path("calibration"),
@@ -105,7 +107,7 @@ def calibrate(
 
 
 def _summary(result: dict[str, Any], out: Path) -> str:
-    lines = [*_protection(result), *_diversity(result), *_error(result), ""]
+    lines = [*_protection(result), *_copy_tier(result), *_diversity(result), *_error(result), ""]
     lines.append(f"Distances are L2 in the latent space of the model. All figures: {out / 'radius.json'}")
     if result["plot"]:
         lines.append(f"Plot: {out / 'radius.png'}")
@@ -133,7 +135,32 @@ def _protection(result: dict[str, Any]) -> list[str]:
         lines.append(f"{found['generations']:.0%} of {count} plain images lie inside a shield and would be moved.")
     if not found["copies"]:
         return [*lines, "No file of the protected pictures was found: give --images for the rates of changed copies."]
+    little = [kind for kind, share in found["copies"].items() if share < _LITTLE]
+    if little:
+        lines.append(f"The radius alone catches less than half of the copies changed by: {', '.join(little)}.")
     return [*lines, "", *_copies(result)]
+
+
+def _copy_tier(result: dict[str, Any]) -> list[str]:
+    """Format what the set's descriptor catches, alone and together with the radius."""
+    found = result.get("copies")
+    if found is None:
+        return []
+    lines = [
+        "",
+        f"Suggested copy threshold: {found['threshold']:.4f}. {found['false_alarms']:.1%} of {found['n']} different "
+        "protected pictures are that similar to another.",
+    ]
+    lines += [f"  the pair that decides: {a} and {b} ({value:.3f})" for a, b, value in found["deciding"][:1]]
+    lines += [f"  nearly equal, left out: {a} and {b} ({value:.3f})" for a, b, value in found["nearly_equal"][:5]]
+    if found["copies"]:
+        radius = (result["protection"] or {}).get("copies", {})
+        width = max(map(len, found["copies"]))
+        lines += ["", f"{'':{width}}{'radius':>12}{'descriptor':>12}{'both':>12}"]
+        for kind, share in found["copies"].items():
+            cells = (radius.get(kind), share, found["both"].get(kind))
+            lines.append(f"{kind:{width}}" + "".join(f"{'' if cell is None else f'{cell:.0%}':>12}" for cell in cells))
+    return lines
 
 
 def _copies(result: dict[str, Any]) -> list[str]:

@@ -125,17 +125,17 @@ class Bank:
         step = max(1, _MAX_FLOAT64_NUMBERS // len(query))
         for first in range(0, len(rows), step):
             chosen = rows[first : first + step]
-            values[first : first + step] = (self._take(chosen) * query).sum(axis=1)
+            values[first : first + step] = (self.take(chosen) * query).sum(axis=1)
         return values
 
-    def _take(self, rows: np.ndarray) -> np.ndarray:
-        """Read the vectors (P, d) of ascending stored rows, in float64."""
-        parts = []
-        bounds = np.searchsorted(rows, self._starts)
-        for block, start, first, last in zip(self._blocks, self._starts, bounds, bounds[1:], strict=False):
-            if last > first:
-                parts.append(block.vectors[rows[first:last] - start].astype(np.float64))
-        return np.concatenate(parts) if parts else np.empty((0, 0))
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Read the vectors (P, d) of stored rows (P,), in float64."""
+        vectors = np.empty((len(rows), self._blocks[0].vectors.shape[1] if self._blocks else 0))
+        blocks = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(blocks):
+            chosen = blocks == number
+            vectors[chosen] = self._blocks[number].vectors[rows[chosen] - self._starts[number]]
+        return vectors
 
 
 def byte_products(codes: np.ndarray, queries: np.ndarray) -> np.ndarray:

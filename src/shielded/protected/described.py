@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,37 +13,61 @@ from torch import Tensor
 from shielded.copies import Descriptor
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from shielded.protected.columns import Id
-    from shielded.protected.snapshot import Reader
+    from shielded.protected.snapshot import Reader, Snapshot
+    from shielded.protected.writer import Writer
 
 
 class Described:
     """The part of `ProtectedSet` that knows its descriptor.
 
     Args:
-        record: name, digest and dimension of the set's descriptor; None: it has none.
+        reader: an open version of the set.
         descriptor: the network, if it is loaded.
 
     Raises:
         ValueError: the network is not that of the set.
     """
 
-    _reader: Reader
-
-    def __init__(self, record: dict[str, Any] | None, descriptor: Descriptor | None) -> None:
-        self._record, self._network = record, descriptor
+    def __init__(self, reader: Reader, descriptor: Descriptor | None) -> None:
+        self._reader, self._network = reader, descriptor
         if descriptor is not None:
             self._require(descriptor)
+
+    if TYPE_CHECKING:
+
+        def _writable(self) -> Snapshot: ...
+        def _writing(self, current: Snapshot) -> AbstractContextManager[Writer]: ...
 
     @property
     def descriptor(self) -> dict[str, Any] | None:
         """`name`, `sha256` of the weights, `dim` and `threshold` of the set's descriptor; None: it has none."""
-        return self._record
+        return self._reader.manifest.get("descriptor")
 
     @property
     def copy_threshold(self) -> float | None:
         """Similarity from which on the set calls a picture a copy; None: it has no threshold."""
-        return None if self._record is None else self._record.get("threshold")
+        return None if self.descriptor is None else self.descriptor.get("threshold")
+
+    def set_copy_threshold(self, threshold: float | None) -> None:
+        """Change the similarity from which on the set calls a picture a copy, as a new version of the set.
+
+        Args:
+            threshold: from -1 to 1, as `shielded calibrate` suggests one; None: none.
+
+        Raises:
+            ValueError: another number, or the set has no descriptor.
+            RuntimeError: another process is writing, or the set was opened with `ray`.
+            OSError: the disk is full or the folder read-only.
+        """
+        if threshold is not None and not -1 <= threshold <= 1:
+            raise ValueError(f"a similarity lies between -1 and 1, such as 0.9; got {threshold}.")
+        if self.descriptor is None:
+            raise ValueError("This protected set has no descriptor, so it has no copy threshold.")
+        with self._writing(self._writable()) as changes:
+            changes.set_copy_threshold(threshold)
 
     def describe(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Describe images by the set's descriptor, cut to the shape of the set's pictures as its encoder does.
@@ -56,16 +81,16 @@ class Described:
         Raises:
             ValueError: the set has no descriptor, or the one that can be loaded has other weights.
         """
-        if self._record is None:
+        if self.descriptor is None:
             raise ValueError(
                 "This protected set has no descriptor, so it cannot find changed copies; it works by distance alone. "
                 "Protect the images again to add one."
             )
         if self._network is None:
-            if self._record["name"] != "shielded":
+            if self.descriptor["name"] != "shielded":
                 raise ValueError(
-                    f"This protected set was made with the descriptor {self._record['name']!r}; load it and pass it to "
-                    "ProtectedSet.open(path, descriptor=Descriptor.load(name, path))."
+                    f"This protected set was made with the descriptor {self.descriptor['name']!r}; load it and pass it "
+                    "to ProtectedSet.open(path, descriptor=Descriptor.load(name, path))."
                 )
             network = Descriptor.load()
             self._require(network)
@@ -95,10 +120,10 @@ class Described:
 
     def copy_rows(self, images: Sequence[Image.Image] | Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """Find copies like `copies`, with row numbers (B, k) instead of ids."""
-        if isinstance(images, Tensor) and images.ndim == 2 and self._record is not None:
+        if isinstance(images, Tensor) and images.ndim == 2 and self.descriptor is not None:
             vectors = images.detach().cpu().float()
-            if vectors.shape[1] != self._record["dim"]:
-                raise ValueError(f"descriptors must be (B, {self._record['dim']}); got {tuple(vectors.shape)}.")
+            if vectors.shape[1] != self.descriptor["dim"]:
+                raise ValueError(f"descriptors must be (B, {self.descriptor['dim']}); got {tuple(vectors.shape)}.")
         else:
             vectors = self.describe(images)
         if not 1 <= k <= len(self._reader):
@@ -106,22 +131,32 @@ class Described:
         similarities, rows = self._reader.similar(vectors.numpy(), k)
         return torch.from_numpy(similarities), torch.from_numpy(rows)
 
+    def descriptors(self, rows: Sequence[int]) -> Tensor:
+        """Read the descriptors (P, d) float32 of the given rows.
+
+        Raises:
+            ValueError: the set has no descriptor.
+        """
+        if self.descriptor is None:
+            raise ValueError("This protected set has no descriptor.")
+        return torch.from_numpy(self._reader.take_descriptors(np.asarray(rows, np.int64)))
+
     def _described(self, given: Tensor | Sequence[Any] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Split what `add` was given into latents and descriptors; encode and describe images."""
         if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
             return given[0], given[1]
         if isinstance(given, Sequence):
             latents = self._reader.space.encode(given)
-            return latents, None if self._record is None else self.describe(given)
+            return latents, None if self.descriptor is None else self.describe(given)
         return given, None
 
     def _require(self, descriptor: Descriptor) -> None:
-        if self._record is None:
+        if self.descriptor is None:
             raise ValueError("This protected set has no descriptor; open it without one.")
-        if descriptor.sha256 != self._record["sha256"]:
+        if descriptor.sha256 != self.descriptor["sha256"]:
             raise ValueError(
-                f"This protected set was made with the descriptor {self._record['name']!r} of the digest "
-                f"{self._record['sha256'][:12]}, and {descriptor.name!r} has {descriptor.sha256[:12]}: vectors of "
+                f"This protected set was made with the descriptor {self.descriptor['name']!r} of the digest "
+                f"{self.descriptor['sha256'][:12]}, and {descriptor.name!r} has {descriptor.sha256[:12]}: vectors of "
                 "other weights cannot be compared. Protect the images again, or load the descriptor that made the set."
             )
 

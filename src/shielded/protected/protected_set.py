@@ -39,8 +39,7 @@ class ProtectedSet(Described):
 
     def __init__(self, reader: Reader, descriptor: Descriptor | None = None) -> None:
         """Wrap an open version; called by `create` and `open`."""
-        super().__init__(reader.manifest.get("descriptor"), descriptor)
-        self._reader = reader
+        super().__init__(reader, descriptor)
 
     @classmethod
     def create(
@@ -263,8 +262,8 @@ class ProtectedSet(Described):
     def history(self) -> list[dict[str, Any]]:
         """Changes up to this version, oldest first.
 
-        Each entry has `version`, `time` (UTC), `action` (create, add, remove or compact) and `count`, how many rows
-        were added or removed, or are left after compacting; entries of `remove` also have the `ids`.
+        Each entry has `version`, `time` (UTC), `action` (create, add, remove, threshold or compact) and `count`: how
+        many rows were added or removed, or there are; entries of `remove` also have the `ids`.
         """
         events = store.read_history(self.path, self._reader.manifest)
         return [event for event in events if event["version"] <= self.version]

@@ -75,6 +75,10 @@ class Reader(Protocol):
         """Find distances and rows (B, k) of the k nearest rows, nearest first; ties in the order of the rows."""
         ...
 
+    def take_descriptors(self, rows: np.ndarray) -> np.ndarray:
+        """Read the descriptors (P, d) float32 of the rows (P,), in a set with a descriptor."""
+        ...
+
     def similar(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find similarities and rows (B, k) of the k rows whose descriptors are most similar to queries (B, d).
 
@@ -185,6 +189,12 @@ class Snapshot:
     def nearest(self, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find distances and rows of the k nearest rows; see `Reader`."""
         return self._search.nearest(x, k)
+
+    def take_descriptors(self, rows: np.ndarray) -> np.ndarray:
+        """Read the descriptors (P, d) float32 of the rows (P,)."""
+        with self._lock:
+            bank = self._bank
+        return bank.take(rows if self._live is None else self._live[rows]).astype(np.float32)
 
     def similar(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find similarities and rows of the k rows with the most similar descriptors; see `Reader`."""

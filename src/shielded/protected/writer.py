@@ -153,6 +153,11 @@ class Writer:
         self._commit("remove", len(ids), self._manifest["shards"], removed=entry, ids=list(ids))
         store.delete_unused(path, self._manifest)
 
+    def set_copy_threshold(self, threshold: float | None) -> None:
+        """Change the threshold of the set's descriptor."""
+        descriptor = {**self._manifest["descriptor"], "threshold": threshold}
+        self._commit("threshold", len(self.snapshot), self._manifest["shards"], descriptor=descriptor)
+
     def compact(self) -> None:
         """Rewrite shards without their removed rows, join small ones, and delete what is no longer used."""
         shards = self._compacted_shards()

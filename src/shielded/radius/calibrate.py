@@ -28,6 +28,7 @@ from shielded.radius.choose import (
 from shielded.radius.choose import read_radii as read_radii  # its path in version 0.1
 from shielded.radius.evidence import QUERIES, Evidence, draw_indices, measure_evidence, open_pictures
 from shielded.radius.plot import plot_evidence
+from shielded.radius.similarity import copy_threshold, measure_similarities
 from shielded.spell.posterior import measure_calibration
 
 PROMPTS = 16  # captions for plain images where no prompts are given
@@ -97,6 +98,10 @@ def calibrate(
             result["closest"] = _closest_pairs(pictures.protected, evidence)
         enough = np.isfinite(evidence.different).any() or len(evidence.generations)
         result["protection"] = protection_radius(evidence, rate, radius) if enough else None
+        if pictures is not None and pictures.protected.descriptor is not None:
+            chosen = None if result["protection"] is None else result["protection"]["radius"]
+            similarities = measure_similarities(pictures, evidence, most, seed)
+            result["copies"] = copy_threshold(similarities, evidence, rate, chosen, pictures.protected.ids)
         result["diversity"] = diversity_radius(evidence, rate) if len(evidence.other_prompt) else None
         if per_image and pictures is not None and result["protection"]:
             radii = radii_per_image(evidence.different, result["protection"]["radius"])

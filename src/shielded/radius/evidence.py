@@ -237,10 +237,13 @@ class ProtectedPictures:
 
     def variants(self, rows: Sequence[int]) -> Tensor:
         """Return (M, 2, *S) latents of rows and of their mirrored images; the row twice where those are unprotected."""
+        return torch.stack([self.protected.vectors(each) for each in self.variant_rows(rows)], dim=1)
+
+    def variant_rows(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return rows and those of their mirrored images; the row again where that is unprotected."""
         mirrored = [f"{MIRRORED}{self.protected.ids[row]}" for row in rows]
         found = cast(Ids, self.protected.ids).find(mirrored)  # calibration reads sets of this machine
-        others = [found.get(name, row) for name, row in zip(mirrored, rows, strict=True)]
-        return torch.stack([self.protected.vectors(list(rows)), self.protected.vectors(others)], dim=1)
+        return list(rows), [found.get(name, row) for name, row in zip(mirrored, rows, strict=True)]
 
     def open(self, most: int, seed: int) -> dict[int, Image.Image]:
         """Open up to `most` images by row, drawn at random among those whose file still holds what was protected."""

@@ -110,6 +110,13 @@ class ClusterSnapshot:
         """Find distances and rows of the k nearest rows; see `Reader`."""
         return self._smallest(self._put(x), k, "nearest")
 
+    def take_descriptors(self, rows: np.ndarray) -> np.ndarray:
+        """Read the descriptors (P, d) float32 of the rows (P,)."""
+        vectors = np.empty((len(rows), self.manifest["descriptor"]["dim"]), np.float32)
+        for positions, answer in self.ask_for(rows, "take_descriptors"):
+            vectors[positions] = answer
+        return vectors
+
     def similar(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find similarities and rows of the k rows with the most similar descriptors; see `Reader`."""
         opposite, rows = self._smallest(self._put(torch.from_numpy(queries)), k, "opposite")
@@ -181,6 +188,9 @@ class ShardActor:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         return self._snapshot.take(rows.copy())
+
+    def take_descriptors(self, rows: np.ndarray) -> np.ndarray:
+        return self._snapshot.take_descriptors(rows.copy())
 
     def column(self, rows: np.ndarray, name: str) -> list[Any]:
         return getattr(self._snapshot, name).take(rows)
