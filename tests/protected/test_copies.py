@@ -111,7 +111,8 @@ def test_the_threshold_can_be_changed(protected, descriptor):
     opened = ProtectedSet.open(protected.path, descriptor=descriptor)
     assert protected.copy_threshold == opened.copy_threshold == 0.75
     assert (opened.version, opened.history[-1]["action"]) == (version + 1, "threshold")
-    assert len(ProtectedSet.open(protected.path, version, descriptor=descriptor)) == COUNT
+    assert protected.at(version).copy_threshold == 0.9
+    assert len(protected.at(version)) == COUNT
     protected.remove(names(0, 1))
     assert protected.copy_threshold == 0.75
     for wrong in (1.5, float("nan")):

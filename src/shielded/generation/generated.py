@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from shielded.certificates.certificate import Measured
+from shielded.generation.copies import Copied
 
 
 @dataclass
@@ -23,8 +24,10 @@ class Generated:
         decoded: (B, *S) the images encoded again; None: not encoded.
         attempts: how often each was sampled.
         repair: "restart" or "push" where that brought the image out of a shield, else None.
-        refused: why an image is refused, or None. A refused image lies inside a shield: look at it, never hand it out.
+        refused: why an image is refused, or None. A refused image lies inside a shield or is a copy: look at it, never
+            hand it out.
         measured: per image, where its latents and where its encoded picture lie; empty: not measured.
+        copied: per image, the protected picture that it is a copy of, or None.
     """
 
     images: list[Image.Image]
@@ -35,12 +38,14 @@ class Generated:
     repair: list[str | None] = field(default_factory=list)
     refused: list[str | None] = field(default_factory=list)
     measured: list[tuple[Measured, Measured]] = field(default_factory=list)
+    copied: list[Copied | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         count = len(self.images)
         self.attempts = self.attempts or [1] * count
         self.repair = self.repair or [None] * count
         self.refused = self.refused or [None] * count
+        self.copied = self.copied or [None] * count
 
     @property
     def kept(self) -> list[int]:
@@ -60,6 +65,7 @@ class Generated:
             [how for part in parts for how in part.repair],
             [reason for part in parts for reason in part.refused],
             [found for part in parts for found in part.measured],
+            [copy for part in parts for copy in part.copied],
         )
 
     def first(self, n: int) -> Generated:
@@ -73,4 +79,5 @@ class Generated:
             self.repair[:n],
             self.refused[:n],
             self.measured[:n],
+            self.copied[:n],
         )

@@ -7,18 +7,22 @@ finished latents and the encoded picture are therefore measured. An image that f
   a wider radius (restart sampling: Xu et al., "Restart Sampling for Improving Generative Processes", 2023),
 - pushed: the finished latents are moved until the picture that they decode to is outside, as far as that works,
 - refused.
+
+In a set with a descriptor, a picture that it calls a copy fails too: the shield of the copied picture grows beyond the
+copy's latents at each restart, and what remains a copy is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from shielded.certificates.certificate import Measured, measure
+from shielded.generation.copies import Copied, find_copies, grown_radii
 from shielded.generation.generated import Generated
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet
@@ -122,18 +126,21 @@ def repair(
     for attempt in range(2, attempts + 1 if on_leak == "restart" else 0):
         if not failed:
             break
-        wider = ThroughPictures(_shields(spell, spell.overcompensation, 1 + WIDER * (attempt - 1)), space)
         rows = list(failed)
+        copied = {i: copy for i in rows if (copy := made.copied[i]) is not None}
+        radius = grown_radii(_radii(spell), copied, made.latents, _protected(spell), attempt - 1)
+        wider = ThroughPictures(_shields(spell, spell.overcompensation, 1 + WIDER * (attempt - 1), radius), space)
         again, finished = resample(wider, rows, [made.images[i] for i in rows])
         _replace(made, rows, again, finished, space.encode(again), "restart")
         for i in rows:
             made.attempts[i] = attempt
         failed = _failed(spell, made, rows, "restarted", log)
-    if failed and on_leak in ("restart", "push"):
-        rows = list(failed)
-        pushed = push(_shields(spell), space, made.latents[rows], _decoded(made)[rows])
-        _replace(made, rows, *pushed, "push")
-        failed = _failed(spell, made, rows, "pushed", log)
+    inside = [i for i, found in failed.items() if any(measured.leak for measured in found)]  # others are copies alone
+    if inside and on_leak in ("restart", "push"):
+        pushed = push(_shields(spell), space, made.latents[inside], _decoded(made)[inside])
+        _replace(made, inside, *pushed, "push")
+        others = {i: found for i, found in failed.items() if i not in inside}
+        failed = others | _failed(spell, made, inside, "pushed", log)
     for i, found in failed.items():
         made.refused[i] = _reason(found, made, i)
     return made
@@ -181,9 +188,16 @@ def _decoded(made: Generated) -> Tensor:
     return cast(Tensor, made.decoded)  # `repair` has encoded the images
 
 
-def _shields(spell: Spell, overcompensation: float = 1.0, wider: float = 1.0) -> Spell:
-    """Keep the protected images of a Spell alone, at the full radius or a wider one."""
-    radius = wider * (_protected(spell).radii if spell.radius is None else spell.radius)
+def _radii(spell: Spell) -> float | Tensor:
+    """Return the radii of the protected images: one number, or (K,)."""
+    return _protected(spell).radii if spell.radius is None else spell.radius
+
+
+def _shields(
+    spell: Spell, overcompensation: float = 1.0, wider: float = 1.0, radius: float | Tensor | None = None
+) -> Spell:
+    """Keep the protected images of a Spell alone, at `radius`, else the full one, or wider by a factor."""
+    radius = wider * (_radii(spell) if radius is None else radius)
     return Spell(spell.protected, radius, overcompensation, batch=False, mask=spell.mask)
 
 
@@ -194,12 +208,15 @@ def _radius(spell: Spell) -> float:
 def _failed(
     spell: Spell, made: Generated, rows: Sequence[int], event: str, log: Callable[..., None]
 ) -> dict[int, tuple[Measured, Measured]]:
-    """Measure these batch rows; return those whose latents or whose picture lie inside a shield, and where."""
+    """Measure these batch rows; return those in a shield, by latents or picture, or that are copies, and where."""
     rows, protected = list(rows), _protected(spell)
     finished = measure(made.latents[rows], protected, spell.radius)
     decoded = measure(_decoded(made)[rows], protected, spell.radius)
     made.measured = made.measured or list(zip(finished, decoded, strict=True))  # the first call measures all rows
+    copies = find_copies([made.images[i] for i in rows], protected)
     failed = {}
+    for i, copy in zip(rows, copies, strict=True):
+        made.copied[i] = copy
     for i, latents, picture in zip(rows, finished, decoded, strict=True):
         inside = bool(latents.leak or picture.leak)
         log(
@@ -211,11 +228,16 @@ def _failed(
             decoded_id=picture.id,
             decoded_distance=picture.distance,
             inside=inside,
+            **_logged(made.copied[i]),
         )
         made.measured[i] = latents, picture
-        if inside:
+        if inside or made.copied[i] is not None:
             failed[i] = latents, picture
     return failed
+
+
+def _logged(copy: Copied | None) -> dict[str, Any]:
+    return {} if copy is None else {"copy_id": copy.id, "copy_similarity": copy.similarity}
 
 
 def _replace(
@@ -229,6 +251,10 @@ def _replace(
 
 def _reason(found: tuple[Measured, Measured], made: Generated, row: int) -> str:
     latents, picture = found
+    copy = made.copied[row]
+    if copy is not None and not latents.leak and not picture.leak:
+        times = "once" if made.attempts[row] == 1 else f"{made.attempts[row]} times"
+        return f"sampled {times}, it is a copy of {copy.id}: its similarity is {copy.similarity:.3f}"
     what, measured = ("latents", latents) if latents.leak else ("picture", picture)
     name, distance, radius = measured.evidence
     times = "once" if made.attempts[row] == 1 else f"{made.attempts[row]} times"

@@ -48,8 +48,10 @@ class Described:
 
     @property
     def copy_threshold(self) -> float | None:
-        """Similarity from which on the set calls a picture a copy; None: it has no threshold."""
-        return None if self.descriptor is None else self.descriptor.get("threshold")
+        """Similarity from which on this version of the set calls a picture a copy; None: it has no threshold."""
+        record = self.descriptor or {}
+        earlier = [value for version, value in record.get("thresholds", []) if version <= self._reader.version]
+        return earlier[-1] if earlier else record.get("threshold")
 
     def set_copy_threshold(self, threshold: float | None) -> None:
         """Change the similarity from which on the set calls a picture a copy, as a new version of the set.

@@ -79,8 +79,14 @@ def _descriptor(record: dict[str, Any]) -> None:
     _digest(record, "sha256")
     _number(record, "dim", 1, 2**20)
     threshold = record.get("threshold")
-    if threshold is not None and not (_is_number(threshold, float | int) and -1 <= threshold <= 1):
-        raise _Wrong("`threshold` is no similarity")
+    changes = record.get("thresholds", [])
+    if not isinstance(changes, list) or not all(isinstance(change, list) and len(change) == 2 for change in changes):
+        raise _Wrong("`thresholds` are no pairs")
+    for version, value in [*changes, [0, threshold]]:
+        if not _is_number(version, int):
+            raise _Wrong("`thresholds` name no versions")
+        if value is not None and not (_is_number(value, float | int) and -1 <= value <= 1):
+            raise _Wrong("`threshold` is no similarity")
 
 
 def _is_number(value: Any, kind: Any) -> bool:

@@ -154,8 +154,11 @@ class Writer:
         store.delete_unused(path, self._manifest)
 
     def set_copy_threshold(self, threshold: float | None) -> None:
-        """Change the threshold of the set's descriptor."""
-        descriptor = {**self._manifest["descriptor"], "threshold": threshold}
+        """Change the threshold of the set's descriptor, which keeps those of earlier versions."""
+        record = self._manifest["descriptor"]
+        earlier = record.get("thresholds", [[0, record["threshold"]]])
+        changes = [*earlier, [self.snapshot.version + 1, threshold]]
+        descriptor = {**record, "threshold": threshold, "thresholds": changes}
         self._commit("threshold", len(self.snapshot), self._manifest["shards"], descriptor=descriptor)
 
     def compact(self) -> None:
