@@ -99,10 +99,13 @@ class Descriptor:
             ValueError: shape or range of a tensor are wrong.
         """
         size = (self._side, self._side)
-        vectors = [torch.empty(0, self.dim)]
+        vectors, pending = [torch.empty(0, self.dim)], []
         for pixels in _batches(images):
-            vectors.append(self._vectors(F.interpolate(pixels, size, mode="bilinear", antialias=True).clamp(-1, 1)))
-        return torch.cat(vectors)
+            pending.append(F.interpolate(pixels, size, mode="bilinear", antialias=True).clamp(-1, 1))
+            if sum(map(len, pending)) >= _MAX_IMAGES_PER_PASS:
+                vectors.append(self._vectors(torch.cat(pending)))
+                pending = []
+        return torch.cat([*vectors, self._vectors(torch.cat(pending))] if pending else vectors)
 
     @property
     def record(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from shielded._extras import missing
 from shielded.certificates.certificate import Measured
+from shielded.generation.copies import Copied
 from shielded.generation.generated import Generated
 from shielded.spell import Spell
 
@@ -237,6 +238,7 @@ def gather_finished(
         "repair": made.repair,
         "refused": made.refused,
         "measured": [[asdict(latents), asdict(picture)] for latents, picture in made.measured],
+        "copied": [None if copy is None else asdict(copy) for copy in made.copied],
         "events": events,
         "trace": trace,
     }
@@ -269,6 +271,7 @@ def _unpacked(data: bytes) -> tuple[Generated, dict[str, Any]]:
         message["repair"],
         message["refused"],
         [(_measured(latents), _measured(picture)) for latents, picture in message["measured"]],
+        [None if copy is None else Copied(**copy) for copy in message["copied"]],
     )
     return made, message
 
