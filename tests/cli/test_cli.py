@@ -174,6 +174,7 @@ def test_verify_exits_with_1_for_a_leak(protected, made):
     result = runner.invoke(app, ["verify", str(pictures / "owl-0.png"), "--protect", str(target)])
     assert result.exit_code == 1
     assert "inside" in result.stdout
+    assert "changed copies are not looked for" in result.stderr
     hearts = str(made[0] / "without" / "red-heart-0.png")
     result = runner.invoke(app, ["verify", hearts, "--protect", str(target)])
     assert result.exit_code == 0

@@ -24,6 +24,7 @@ from shielded.cli.options import (
     errors,
     positive,
     repairs,
+    say_tiers,
     show,
     smallest_distances,
 )
@@ -77,10 +78,12 @@ def generate(
         if show_protected and protect is None:
             raise UsageError("--show-protected shows what is in a protected set; give one with --protect.")
         check_out(out, overwrite)
-        if protect is not None and radius is None:
+        if protect is not None:
             from shielded.protected import ProtectedSet
 
-            if ProtectedSet.open(protect).radii.isnan().any():
+            protected = ProtectedSet.open(protect)
+            say_tiers(protected)
+            if radius is None and protected.radii.isnan().any():
                 raise UsageError(f"{protect} has images without a radius; give one with --radius (see calibrate).")
         from shielded.runs.paired import run
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from shielded.cli import settings
 from shielded.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from shielded.protected import ProtectedSet
 
 
 def _known(model: str) -> str:
@@ -153,6 +156,16 @@ def why(reason: str) -> str:
 
 def show(result: dict[str, Any], as_json: bool, summary: str) -> None:
     typer.echo(json.dumps(result, indent=2) if as_json else summary)
+
+
+def say_tiers(protected: ProtectedSet) -> None:
+    """Say on stderr that copies are not looked for in a set without a descriptor."""
+    if protected.descriptor is None:
+        typer.echo(
+            f"{protected.path} has no descriptor: its images are kept apart by distance alone, and changed copies are "
+            "not looked for (protect --descriptor shielded makes a set that finds them).",
+            err=True,
+        )
 
 
 def smallest_distances(report: dict[str, Any]) -> list[float | None]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, Model, errors, positive, show, why
+from shielded.cli.options import AsJson, Debug, Device, Model, errors, positive, say_tiers, show, why
 from shielded.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def verify(
         if not loaded:
             raise ValueError("none of the images could be read.")
         protected = ProtectedSet.open(protect)
+        say_tiers(protected)
         space = LatentSpace.of(load(model, device), *(protected.space.image_size or ()))
         protected.require_space(space)
         files = [(Path(source), image) for _, image, source, _ in loaded]
