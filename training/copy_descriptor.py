@@ -1,7 +1,9 @@
-"""Train the copy descriptor of `shielded.copies`: a copy's vector stays beside that of its picture.
+r"""Train the copy descriptor of `shielded.copies`: a copy's vector stays beside that of its picture.
 
     python training/procedural.py --count 10000 --out runs/pictures.npy
-    python training/copy_descriptor.py --data emoji128.tar --pictures runs/pictures.npy --out runs/copies --minutes 60
+    python training/procedural.py --count 1000 --seed 77 --out runs/held-out.npy
+    python training/copy_descriptor.py --data emoji128.tar --pictures runs/pictures.npy --held-out runs/held-out.npy \
+        --out runs/copies --minutes 60
 
 A step compares pictures as a bank would hold them with changed copies of them (InfoNCE), against the other pictures of
 the batch and those of earlier batches (Wang et al. 2020, "Cross-Batch Memory for Embedding Learning"), and spreads the
@@ -25,10 +27,11 @@ from data import Emoji, load
 from optimizer import Optimizers
 from torch import Tensor, nn
 
+from shielded.copies import Descriptor
 from shielded.copies.network import SIDE, CopyNetwork, save_network
 
 # Views whose mean describes a picture: share cut off at each edge, and whether mirrored.
-VIEWS = [(0.0, False), (0.0, True)]
+VIEWS = [(0.0, False), (0.0, True), (0.08, False), (0.08, True)]
 VIEWS_SIDE = 96  # pixels that a picture has before views of it are taken
 SOURCE = 96  # pixels of the pictures that views are taken from
 PLAIN, LAID_OVER = 0.25, 0.6  # share of emoji as they are; share of the other pictures with something laid over
@@ -174,18 +177,32 @@ def entropy_loss(vectors: Tensor, others: Tensor, alike: Tensor) -> Tensor:
     return -((vectors - others[nearest]).norm(dim=1) + 1e-3).log().mean()
 
 
-def export(state: dict[str, Any], path: Path) -> None:
-    """Write the averaged weights of a checkpoint as the package ships them: batch norms folded, in half precision."""
-    network = CopyNetwork()
-    average = torch.optim.swa_utils.AveragedModel(network, use_buffers=True)
-    average.load_state_dict(state["average"])
-    save_network(average.module, path, VIEWS, VIEWS_SIDE)
+def export(state: dict[str, Any], path: Path, held_out: np.ndarray) -> None:
+    """Write the averaged weights of a checkpoint as the package ships them, with a threshold.
+
+    Args:
+        state: the checkpoint.
+        path: a safetensors file.
+        held_out: (n, 3, SOURCE, SOURCE) uint8 pictures that were not trained on. At the threshold 1 % of them are as
+            similar as that to another one.
+    """
+
+    def write(threshold: float | None) -> None:
+        network = torch.optim.swa_utils.AveragedModel(CopyNetwork(), use_buffers=True)
+        network.load_state_dict(state["average"])
+        save_network(network.module, path, VIEWS, VIEWS_SIDE, threshold)
+
+    write(None)
+    vectors = Descriptor.load("shielded", path).of(torch.from_numpy(held_out) / 127.5 - 1)
+    nearest = (vectors @ vectors.T).fill_diagonal_(-1).amax(dim=1).sort(descending=True).values
+    write(math.ceil(1e3 * float(nearest[len(nearest) // 100])) / 1e3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--pictures", nargs="+", required=True)
+    parser.add_argument("--held-out", required=True, help="other pictures, to choose the threshold by")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=128)
@@ -271,7 +288,7 @@ def main() -> None:
         if step % 100 == 0:
             save()
     save()
-    export(checkpoint.load(args.out / "checkpoint.pt"), args.out / "descriptor.safetensors")
+    export(checkpoint.load(args.out / "checkpoint.pt"), args.out / "descriptor.safetensors", np.load(args.held_out))
     print(f"{step} steps, {clock.minutes:.0f} minutes")
 
 

@@ -37,6 +37,8 @@ def test_equals_brute_force_in_float64_with_ties(n, d, k, products):
     alive = rng.random(n) < 0.8
     cuts = [0, n // 2 + 7, n - 1, n]
     blocks = [Descriptors.of(vectors[a:b]) for a, b in itertools.pairwise(cuts)]
+    for part in (part for block in blocks for part in vars(block).values()):
+        part.flags.writeable = False  # as arrays are that are mapped from a set's files
     similarities, rows = Bank(blocks, alive).nearest(queries, k)
     expected, expected_rows = brute_force(vectors, queries, k, alive)
     np.testing.assert_array_equal(rows, expected_rows)

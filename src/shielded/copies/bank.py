@@ -7,6 +7,7 @@ a comparison of all of them in float64, ties included.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -106,17 +107,19 @@ class Bank:
         scales = np.empty(self._starts[-1], np.float32)
         for start, block in zip(self._starts, self._blocks, strict=False):
             part = slice(start, start + len(block))
-            np.multiply(byte_products(block.codes, coded.codes).T, block.scales, out=middle[:, part])
+            middle[:, part] = byte_products(block.codes, coded.codes).T  # below 2²⁴, so exact in float32
             scales[part] = block.scales
-        if self._alive is not None:
-            middle[:, ~self._alive] = -np.inf
         found = []
         for values, scale, own, times in zip(middle, coded.scales, query_error, weight, strict=True):
             values *= scale
-            margin = scales * np.float32(times)
-            lower = values - margin
+            if self._alive is not None:
+                values[~self._alive] = -np.inf
+            margin = np.float32(times)
+            lower = (values - margin) * scales
             kth = np.partition(lower, len(lower) - k)[len(lower) - k] if k > 1 else lower.max()
-            found.append(np.flatnonzero(values + margin >= kth - 2 * (own * 1.001 + _SLACK)))
+            values += margin
+            values *= scales
+            found.append(np.flatnonzero(values >= kth - 2 * (own * 1.001 + _SLACK)))
         return found
 
     def _similarities(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -172,7 +175,8 @@ def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Wrap an array that is only read; torch would warn of mapped ones."""
-    if array.flags.writeable or not array.size:
-        return torch.from_numpy(array.copy() if not array.size else array)
-    return torch.frombuffer(array.data, dtype=torch.int8).view(array.shape)
+    """Wrap an int8 array that is only read, and outlives the tensor; torch would warn of mapped ones."""
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    address = (ctypes.c_int8 * array.size).from_address(array.ctypes.data)
+    return torch.frombuffer(address, dtype=torch.int8).view(array.shape)
