@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import inspect
 import types
@@ -317,20 +318,95 @@ def test_arguments_by_name(return_dict):
     assert torch.equal(push.finished[0], output[0])
 
 
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"])
-def test_deep_copies_stay_plain(name):
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
+def test_a_deep_copy_per_request_is_corrected(name):
+    """Services copy the scheduler for each request: every request is a trajectory of its own."""
+    reference = scheduler_of(name)
+    with attach(pipeline(reference), Push(rows_0_and_2())):
+        expected, _ = sample(reference)
     scheduler, push = scheduler_of(name), Push(rows_0_and_2())
     with attach(pipeline(scheduler), push):
-        twin = copy.deepcopy(scheduler)
-        plain, _ = sample(twin)
-        assert scheduler.step_index is None
-        assert push.calls == []
-        sample(scheduler)
-        with attach(pipeline(twin), Push()) as _:  # a copy made inside is not attached to
+        for _ in range(2):
+            twin = copy.deepcopy(scheduler)
             twin.set_timesteps(5)
-            sample(twin)
-    assert torch.equal(plain, sample(scheduler_of(name))[0])
+            assert torch.equal(sample(twin)[0], expected)
+        sample(scheduler)
+    assert len(push.calls) == 3 * 5
+    assert len(push.finished) == 3
+    scheduler.set_timesteps(5)
+    assert torch.equal(sample(scheduler)[0], sample(scheduler_of(name))[0])
+
+
+def test_two_copies_that_step_by_turns_are_an_error():
+    scheduler = scheduler_of("DDIMScheduler")
+    x = torch.ones(SHAPE)
+    with attach(pipeline(scheduler), Push()):
+        scheduler.step(x, scheduler.timesteps[0], x)
+        twin = copy.deepcopy(scheduler)
+        with pytest.raises(RuntimeError, match="step by turns"):
+            twin.step(x, twin.timesteps[1], x)
+
+
+class Service:
+    """A pipeline that steps another scheduler than its own."""
+
+    def __init__(self, how):
+        self.scheduler, self.how = scheduler_of("DDIMScheduler"), how
+
+    def __call__(self):
+        with self.exchanged() as scheduler:
+            return sample(scheduler)[0]
+
+    @contextlib.contextmanager
+    def exchanged(self):
+        own = self.scheduler
+        if self.how == "local":
+            other = type(own).from_config(own.config)
+            other.set_timesteps(5)
+            yield other
+        elif self.how == "state":  # the patch is in the state
+            own.__dict__.pop("step", None)
+            yield own
+        else:
+            self.scheduler = scheduler_of("EulerDiscreteScheduler" if self.how == "class" else "DDIMScheduler")
+            yield self.scheduler
+            self.scheduler = own
+
+
+@pytest.mark.parametrize("how", ["local", "state", "class", "exchanged and put back"])
+def test_no_step_of_the_pipeline_goes_uncorrected(how):
+    pipe = Service(how)
+    before, step = pipe.scheduler, type(pipe.scheduler).step
+    with pytest.raises(RuntimeError, match="would go uncorrected"), attach(pipe, Push()):
+        pipe()
+    assert pipe.scheduler is before
+    assert "step" not in vars(before)
+    assert type(before).step is step
+
+
+def test_other_pipelines_step_as_they_are_inside_the_context():
+    pipe, other = pipeline(scheduler_of("DDIMScheduler")), Service("local")
+    push = Push()
+    with attach(pipe, push):
+        plain = other()
+        sample(pipe.scheduler)
+    assert torch.equal(plain, other())
     assert len(push.calls) == 5
+
+
+def test_contexts_may_end_in_any_order():
+    first, second = pipeline(scheduler_of("DDIMScheduler")), pipeline(scheduler_of("DDIMScheduler"))
+    kind = type(first.scheduler)
+    plain = kind.step
+    one, two = attach(first, Push()), attach(second, Push())
+    one.__enter__()
+    two.__enter__()
+    sample(first.scheduler)
+    one.__exit__(None, None, None)
+    sample(second.scheduler)
+    two.__exit__(None, None, None)
+    assert inspect.unwrap(kind.step) is inspect.unwrap(plain)
+    assert torch.equal(sample(first.scheduler)[0], sample(scheduler_of("DDIMScheduler"))[0])
 
 
 def exchange_scheduler(pipe):

@@ -193,6 +193,18 @@ class Gathered:
         """Begin a new trajectory."""
         self.spell.start()
 
+    def restrict(self, mask: Tensor) -> None:
+        """Restrict distance and push to a part of the latents; see `Spell`. Every process finds the same one."""
+        self.spell.restrict(mask)
+
+    def begin_call(self, one_image: bool = False) -> None:
+        """Begin a call of the pipeline; see `Spell`."""
+        self.spell.begin_call(one_image)
+
+    def end_call(self, returned: Tensor | None) -> None:
+        """End a call of the pipeline, which returned the latents (size, *S) of this process; see `Spell`."""
+        self.spell.end_call(None if returned is None else self.share.gather(returned))
+
     def finish(self, latents: Tensor) -> Tensor:
         """End a trajectory with the latents (size, *S) of this process; see `Spell`."""
         everyone = self.share.gather(latents)

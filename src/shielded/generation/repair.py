@@ -48,6 +48,7 @@ class ThroughPictures:
         self.spell = spell
         self.space = space
         self.start = spell.start
+        self.restrict = spell.restrict
         self.finished: Tensor | None = None
 
     def __call__(self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool) -> Tensor:

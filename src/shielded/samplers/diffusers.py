@@ -14,7 +14,16 @@ from torch import Tensor
 
 from shielded.samplers.coefficients import State, bounded_x0, family_of, last_index, position_of, step_state
 from shielded.samplers.guidance import Guidance, releases
+from shielded.samplers.pipelines import (
+    has_second_track,
+    keeps_first_frame,
+    refuse_pipeline,
+    repeats_passes,
+    unchanged,
+    without_first_frame,
+)
 from shielded.samplers.rows import select_rows
+from shielded.samplers.watch import no_plain_steps, watched_call
 
 
 class Correction(Protocol):
@@ -63,7 +72,10 @@ def attach(pipe: Any, correct: Correction | Releasing) -> Iterator[None]:
     bit for bit. Where the scheduler clips or thresholds x0, it is the bounded x0 that is corrected, and the scheduler
     bounds the result again: distances are then not guaranteed, so switch `clip_sample` and `thresholding` off.
 
-    A deep copy of the scheduler that a pipeline makes for itself (an audio track, say) steps uncorrected.
+    If the pipeline replaces a part of the latents between its steps or after the last one (inpainting, the first frame
+    of a video), `correct.restrict` is told which part it leaves alone. A deep copy of the scheduler that the pipeline
+    steps in its place is corrected like the scheduler; any other scheduler that it steps is an error, apart from those
+    of tracks without shields (sound).
 
     Args:
         pipe: any object with a supported `.scheduler`.
@@ -73,19 +85,18 @@ def attach(pipe: Any, correct: Correction | Releasing) -> Iterator[None]:
             not None, guidance is released in the rows that `colliding` names; see `Releasing`.
 
     Raises:
-        TypeError: `pipe` has no scheduler, or one that does not predict an x0 to correct.
+        TypeError: `pipe` has no scheduler, or one that does not predict an x0 to correct, or is a pipeline whose steps
+            cannot all be corrected.
         ValueError: an option changes the state behind the model's back.
-        RuntimeError: the scheduler is already attached to, was exchanged inside the context, or never stepped.
+        RuntimeError: the scheduler is already attached to, was exchanged inside the context, or never stepped; a step
+            would go uncorrected; or the pipeline changed its latents after the last step so that they are inside a
+            shield.
     """
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise TypeError(f"{type(pipe).__name__} has no scheduler; pass a diffusers pipeline.")
     family_of(scheduler)
-    if "DiffusionForcing" in type(pipe).__name__:
-        raise TypeError(
-            f"{type(pipe).__name__} steps copies of its scheduler, one per frame, uncorrected; use a pipeline "
-            "that denoises all frames together, like SkyReelsV2Pipeline."
-        )
+    refuse_pipeline(pipe)
     before = vars(scheduler).get("step")
     if getattr(before, "attached_to", None) is scheduler:
         raise RuntimeError("the scheduler is already attached to; leave the first context, or use one Spell for both.")
@@ -93,10 +104,25 @@ def attach(pipe: Any, correct: Correction | Releasing) -> Iterator[None]:
     twice = any(cls.__name__ == "DiTPipeline" for cls in type(pipe).__mro__)
     guidance = Guidance(pipe, twice) if releases(correct) else None
     run = _Run(scheduler, _OncePerImage(correct) if twice else correct, guidance)
+    run.first_frame_is_kept = keeps_first_frame(pipe)
+    run.second_track = has_second_track(pipe)
     step = types.MethodType(_corrected_step(run), scheduler)
     scheduler.step = step
+    begin, end = getattr(correct, "begin_call", _nothing), getattr(correct, "end_call", _nothing)
+    one_image = repeats_passes(pipe)
+
+    def corrected(other: Any) -> bool:
+        if other is scheduler:
+            return vars(scheduler).get("step") is step
+        own = getattr(vars(other).get("step"), "__func__", None)
+        return getattr(own, "attached_to", None) is scheduler or other in _other_schedulers(pipe)
+
     try:
-        with contextlib.nullcontext() if guidance is None else guidance.watch():
+        with (
+            contextlib.nullcontext() if guidance is None else guidance.watch(),
+            no_plain_steps(pipe, corrected),
+            watched_call(pipe, lambda: begin(one_image), end),
+        ):
             yield
         exchanged = pipe.scheduler is not scheduler or vars(scheduler).get("step") is not step
     finally:
@@ -104,6 +130,8 @@ def attach(pipe: Any, correct: Correction | Releasing) -> Iterator[None]:
             vars(scheduler).pop("step", None)
         else:
             scheduler.step = before
+        if getattr(pipe, "scheduler", None) is not scheduler:
+            pipe.scheduler = scheduler
         if guidance is not None:
             cast("Releasing", correct).guidance = guidance.way
     # Only reached without an exception in flight, which these must not mask.
@@ -124,17 +152,22 @@ def _corrected_step(run: _Run) -> Any:
 
     @functools.wraps(type(run.scheduler).step)  # pipelines read its signature to see what it accepts
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self is not run.scheduler:  # a deep copy, to which deepcopy has bound this method
-            return type(self).step(self, model_output, timestep, sample, *args, **kwargs)
+        # A deep copy has this method, too, bound to itself.
+        own = plain if self is run.scheduler else functools.partial(type(self).step, self)
+        if self is not run.scheduler and run.second_track:
+            return own(model_output, timestep, sample, *args, **kwargs)
+        run.follow(self)
         run.stepped = True
-        _check_arguments(self, inspect.signature(plain).bind(model_output, timestep, sample, *args, **kwargs).arguments)
+        _check_arguments(self, inspect.signature(own).bind(model_output, timestep, sample, *args, **kwargs).arguments)
         position = run.advance(timestep)
+        run.compare(sample, position)
         corrected = run.corrected(model_output, timestep, sample, position)
-        result = plain(corrected, timestep, sample, *args, **kwargs)
+        result = own(corrected, timestep, sample, *args, **kwargs)
         if run.guidance is not None:
             run.guidance.forget()
         if position == run.last:
             result = _with_sample(result, run.correct.finish(result[0]))
+        run.returned = result[0]
         return result
 
     vars(step)["attached_to"] = run.scheduler
@@ -148,17 +181,50 @@ class _Run:
         self.scheduler = scheduler
         self.correct = correct
         self.guidance = guidance
-        self.stepped = False
+        self.current = scheduler  # or the copy of it that steps in its place
+        self.first_frame_is_kept = self.second_track = self.stepped = False
+        self.returned: Tensor | None = None  # by the last step
+        self.compared = self.framed = False
         self.timesteps: Any = None
         self.position = self.last = -1
 
+    def follow(self, scheduler: Any) -> None:
+        """Go on with a copy of the scheduler, between two trajectories.
+
+        Raises:
+            RuntimeError: a trajectory is under way, so that two schedulers step by turns.
+        """
+        if scheduler is self.current:
+            return
+        if self.position not in (-1, self.last):
+            raise RuntimeError(
+                f"two copies of a {type(scheduler).__name__} step by turns, and their batches cannot be told apart; "
+                "attach to a pipeline that steps one scheduler."
+            )
+        self.current, self.timesteps = scheduler, None
+
+    def compare(self, sample: Tensor, position: int | None) -> None:
+        """Compare a sample (B, *S) with what the step before returned: a pipeline may have replaced a part of it."""
+        restrict = getattr(self.correct, "restrict", None)
+        before, self.returned = self.returned, None
+        if restrict is not None and self.first_frame_is_kept and sample.ndim == 5 and not self.framed:
+            restrict(without_first_frame(sample))
+        self.framed = True
+        if restrict is None or before is None or (self.compared and position != self.last):
+            return
+        self.compared = True
+        mask = unchanged(before, sample)
+        if mask is not None:
+            restrict(mask)
+
     def advance(self, timestep: Any) -> int | None:
         """Find the position of the step about to be taken; announce a new trajectory."""
-        fresh = self.scheduler.timesteps is not self.timesteps  # set_timesteps makes a new tensor
-        position = position_of(self.scheduler, timestep, -1 if fresh else self.position)
+        fresh = self.current.timesteps is not self.timesteps  # set_timesteps makes a new tensor
+        position = position_of(self.current, timestep, -1 if fresh else self.position)
         if fresh or (position is not None and position <= self.position):
-            self.timesteps = self.scheduler.timesteps
-            self.last = last_index(self.scheduler)
+            self.timesteps = self.current.timesteps
+            self.last = last_index(self.current)
+            self.returned, self.compared, self.framed = None, False, False
             self.correct.start()
         if fresh or position is not None:
             self.position = -1 if position is None else position
@@ -166,7 +232,7 @@ class _Run:
 
     def corrected(self, model_output: Tensor, timestep: Any, sample: Tensor, position: int | None) -> Tensor:
         """Compute the model output (B, *S) from which the scheduler derives the corrected x0."""
-        state = step_state(self.scheduler, timestep, getattr(self.scheduler, "step_index", None))
+        state = step_state(self.current, timestep, getattr(self.current, "step_index", None))
         if state.b == 0:
             return model_output  # x0 does not depend on the model here, so no model output can move it
         prediction, variance = _split_variance(model_output, sample)
@@ -193,7 +259,16 @@ class _Run:
     def _x0(self, state: State, prediction: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Compute x0 (B, *S) as the model predicts it, and as the scheduler bounds it."""
         raw = state.a * sample.float() + state.b * prediction.float()
-        return raw, bounded_x0(self.scheduler, raw)
+        return raw, bounded_x0(self.current, raw)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _other_schedulers(pipe: Any) -> list[Any]:
+    """List the schedulers of a pipeline that are not its `scheduler`, such as that of a prior."""
+    return [part for name, part in vars(pipe).items() if name != "scheduler" and hasattr(part, "timesteps")]
 
 
 class _OncePerImage:

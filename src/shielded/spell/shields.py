@@ -1,4 +1,4 @@
-"""The shields that images of a batch are to each other, and the way out of one by a rounding error."""
+"""The active shields of a step, those that images of a batch are to each other, and the way out of one."""
 
 from __future__ import annotations
 
@@ -30,6 +30,35 @@ class BatchShields:
     def wider(self, factor: float) -> BatchShields:
         """Return these shields with `factor` times the radius."""
         return BatchShields(self.radius * factor, self.repels)
+
+
+@dataclass
+class Active:
+    """The active shields of one x0.
+
+    Args:
+        level: noise level t = σ/(α + σ).
+        x: (B, D).
+        finite: () bool, whether all of x is.
+        inside_window: whether the Spell acts at this level.
+        idle: whether no shield is active.
+        references: protected images and history.
+        hits: active shields among them.
+        batch: the shields that images of the batch are to each other.
+        close: (B, B) bool, active pairs among them.
+        shrink: (B,) subtracted from squared radii.
+    """
+
+    level: float | None
+    x: Tensor
+    finite: Tensor
+    inside_window: bool = True
+    idle: bool = True
+    references: References | None = None
+    hits: Hits | None = None
+    batch: BatchShields | None = None
+    close: Tensor | None = None
+    shrink: Tensor | None = None
 
 
 def outward(x: Tensor, move: Tensor, direction: Tensor, references: References, nearest: Hits) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,8 @@ from shielded.spell.history import History
 from shielded.spell.mask import flatten, unflatten
 from shielded.spell.options import check_options, checked_radius, energy_of, history_of
 from shielded.spell.posterior import Calibration
-from shielded.spell.shields import BatchShields, outward
+from shielded.spell.returned import Call, check_returned
+from shielded.spell.shields import Active, BatchShields, outward
 from shielded.spell.static import StaticReferences
 from shielded.spell.trace import Push, rows_of_step, write_csv
 
@@ -65,6 +65,9 @@ class Spell:
     Attributes:
         guidance: after a run, how the pipeline's guidance was released ("batched", "separate", "embedded"), or why it
             was not; None if no image asked for it.
+        finished: the last finished latents (B, *S).
+        returned: the latents that the pipeline went on with after its last step, where it returned them
+            (`output_type="latent"`); `finished` and the history are then these.
 
     Raises:
         ValueError: a radius that is missing where it is needed or not positive, an empty protected set, or options that
@@ -116,8 +119,11 @@ class Spell:
         self.trace: list[dict[str, Any]] = []
         self._run = 0
         self._step = 0
-        self._known: tuple[Tensor, _Active] | None = None
-        self._static = StaticReferences(protected, self.history, radius, nearest, mask)
+        self._known: tuple[Tensor, Active] | None = None
+        self.returned: Tensor | None = None
+        self._counted = mask  # what distance and push are restricted to
+        self._call: Call | None = None  # of the pipeline, while it is under way
+        self._static = self._references(mask)
 
     # One step -----------------------------------------------------------------------------------------------------
 
@@ -159,7 +165,7 @@ class Spell:
             self._record(step, level, len(x), None, released)
             return torch.zeros_like(x0)
         _require_finite(active.finite, x, step)
-        direction = push_direction(x, None if noise is None else flatten(noise, self.mask))
+        direction = push_direction(x, None if noise is None else flatten(noise, self._counted))
         references, hits, batch, close = active.references, active.hits, active.batch, active.close
         if self.overlap == "sum":
             delta = torch.zeros_like(x)
@@ -173,7 +179,7 @@ class Spell:
             delta, unresolved = self._project(x, references, hits, direction, active.shrink, batch, strength)
         ratio = float(alpha) / float(sigma) if level and alpha is not None and sigma and noise is not None else None
         self._record(step, level, len(x), Push(delta, direction, hits, close, unresolved, ratio), released)
-        return unflatten(delta, x0, self.mask)
+        return unflatten(delta, x0, self._counted)
 
     def colliding(self, x0: Tensor, *, alpha: float, sigma: float, last: bool = False) -> Tensor | None:
         """Find the images whose guidance is to be released at this step.
@@ -199,17 +205,18 @@ class Spell:
             rows[active.hits.query] = True
         return rows if active.close is None else rows | active.close.any(dim=1)
 
-    def _active(self, x0: Tensor, level: float | None, last: bool) -> _Active:
+    def _active(self, x0: Tensor, level: float | None, last: bool) -> Active:
         """Search for the active shields of x0."""
         if level is None and (self.window != (1.0, 0.0) or self.radius_schedule == "posterior"):
             raise ValueError("a window and the posterior radius need the noise level: pass alpha=... and sigma=...")
-        x = flatten(x0, self.mask)
-        active = _Active(level, x, torch.isfinite(x).all())
+        x = flatten(x0, self._counted)
+        active = Active(level, x, torch.isfinite(x).all())
         if level is not None and not self.window[1] <= level <= self.window[0]:
             active.inside_window = False
             return active
         active.references = self._static.at(x0)
-        if self.radius_schedule == "posterior" and self.calibration is not None and level is not None and not last:
+        posterior = self.radius_schedule == "posterior" and self._counted is None  # energies are of whole images
+        if posterior and self.calibration is not None and level is not None and not last:
             active.shrink = self.calibration.posterior_variance(x.square().sum(dim=1), level)
         scan = None if active.references is None else active.references.scan(x, active.shrink)
         active.batch = self._batch_shields(x, active.shrink)
@@ -291,6 +298,46 @@ class Spell:
         """Begin a new trajectory."""
         self._run += 1
         self._step = 0
+        if self._counted is not self.mask:
+            self._counted, self._static = self.mask, self._references(self.mask)
+
+    def restrict(self, mask: Tensor) -> None:
+        """Restrict distance and push to a part of the latents until the next trajectory; the sampler replaces the rest.
+
+        Args:
+            mask: broadcasts to *S, non-zero where the sampler's result is kept. It narrows down `mask`.
+        """
+        if self._counted is not None:
+            mask = mask * (self._counted.to(mask) != 0)
+        if mask.any() and (self._counted is None or not torch.equal(mask != 0, self._counted.to(mask) != 0)):
+            self._counted, self._static = mask, self._references(mask)
+
+    def begin_call(self, one_image: bool = False) -> None:
+        """Begin a call of a pipeline.
+
+        Args:
+            one_image: its trajectories are passes for the same images (FreeInit), so the history takes the last one.
+        """
+        self._call, self.returned = Call(one_image), None
+
+    def end_call(self, returned: Tensor | None) -> None:
+        """End a call of a pipeline, which returned these latents (B, *S), or None if it returned none.
+
+        Raises:
+            RuntimeError: they are not those of `finish`, and lie inside a shield.
+        """
+        call, self._call = self._call, None
+        if call is None or not call.finished:
+            return
+        if returned is not None and self.finished is not None and returned.shape == self.finished.shape:
+            self.returned = returned.detach()
+            if not torch.equal(self.returned.to(self.finished), self.finished):
+                promised = self.overlap == "project" and self.window[1] == 0
+                check_returned(self.returned, call.unresolved, self._references(self.mask), self.mask, promised)
+                self.finished = call.finished[-1] = self.returned
+        if self.history is not None:
+            for latents in call.kept:
+                self.history.add(latents)
 
     def finish(self, latents: Tensor) -> Tensor:
         """End a trajectory with these latents (B, *S).
@@ -299,12 +346,16 @@ class Spell:
             The latents that replace them, see `leave`. With overlap="sum", the paper's method, and with a window that
             closes before the end, they stay as they are.
         """
+        unresolved = torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
         if self.overlap == "project" and self.window[1] == 0:
             latents, unresolved = self._left(latents)
             if unresolved.any():  # the last word on these images, so it belongs in the trace
                 self._record(self._step, 0.0, len(latents), self._unresolved(latents, unresolved), None)
         self.finished = latents.detach()
-        if self.history is not None:
+        if self._call is not None:
+            self._call.finished.append(self.finished)
+            self._call.unresolved = unresolved
+        elif self.history is not None:
             self.history.add(self.finished)
         return latents
 
@@ -322,7 +373,7 @@ class Spell:
         batch = self._batch_shields(latents, None)
         references = self._static.at(latents)
         for margin in _FINAL_MARGINS:
-            x = flatten(latents, self.mask)
+            x = flatten(latents, self._counted)
             hits = None if references is None else references.scan(x).hits()
             inside = hits is not None and len(hits) > 0
             crowded = batch is not None and bool(batch.active(x, margin=_PAIR_TOLERANCE).any())
@@ -336,9 +387,9 @@ class Spell:
             move, _ = self._project(x, references, hits, direction, None, wider, 1.0)
             if references is not None and hits is not None and len(hits):
                 move = move + margin * outward(x, move, direction, references, closest(hits, 1))
-            moved = (latents.float() + unflatten(move, latents.float(), self.mask)).to(latents.dtype)
+            moved = (latents.float() + unflatten(move, latents.float(), self._counted)).to(latents.dtype)
             latents = select_rows((move != 0).any(dim=1), moved, latents)
-        x = flatten(latents, self.mask)
+        x = flatten(latents, self._counted)
         unresolved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if references is not None:
             unresolved[references.scan(x).hits().query] = True
@@ -348,7 +399,7 @@ class Spell:
 
     def _unresolved(self, latents: Tensor, unresolved: Tensor) -> Push:
         """Describe finished latents (B, *S) of which some rows (B,) are too close to something, for the trace."""
-        x = flatten(latents, self.mask)
+        x = flatten(latents, self._counted)
         references, batch = self._static.at(latents), self._batch_shields(latents, None)
         hits = None if references is None else references.scan(x).hits()
         close = None if batch is None else batch.active(x)
@@ -359,6 +410,9 @@ class Spell:
         write_csv(self.trace, path)
 
     # Parts --------------------------------------------------------------------------------------------------------
+
+    def _references(self, mask: Tensor | None) -> StaticReferences:
+        return StaticReferences(self.protected, self.history, self.radius, self.nearest, mask)
 
     def _batch_shields(self, x: Tensor, shrink: Tensor | None) -> BatchShields | None:
         """The shields that the images of the batch are to each other; None if they do not repel."""
@@ -379,35 +433,6 @@ class Spell:
 
     def _record(self, step: int, level: float | None, count: int, push: Push | None, released: Tensor | None) -> None:
         self.trace += rows_of_step(self._run, step, level, count, push, released, self._static.name)
-
-
-@dataclass
-class _Active:
-    """The active shields of one x0.
-
-    Args:
-        level: noise level t = σ/(α + σ).
-        x: (B, D).
-        finite: () bool, whether all of x is.
-        inside_window: whether the Spell acts at this level.
-        idle: whether no shield is active.
-        references: protected images and history.
-        hits: active shields among them.
-        batch: the shields that images of the batch are to each other.
-        close: (B, B) bool, active pairs among them.
-        shrink: (B,) subtracted from squared radii.
-    """
-
-    level: float | None
-    x: Tensor
-    finite: Tensor
-    inside_window: bool = True
-    idle: bool = True
-    references: References | None = None
-    hits: Hits | None = None
-    batch: BatchShields | None = None
-    close: Tensor | None = None
-    shrink: Tensor | None = None
 
 
 def _level(alpha: float | None, sigma: float | None) -> float | None:
