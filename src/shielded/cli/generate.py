@@ -111,7 +111,7 @@ def generate(
             return
         show(report, as_json, _summary(report, out))
         if len(report["refused"]) == n:
-            raise ValueError("all images were refused; a smaller radius or another prompt may help.")
+            raise ValueError("all images were refused; another prompt may help or, in a shield, a smaller radius.")
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:
