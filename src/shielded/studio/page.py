@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import signal
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, guidance_call, load, preset_of
 from shielded.runs.report import trace_plot
+from shielded.studio.limits import OwnHostOnly, Server
 from shielded.studio.session import COLUMNS, Result, Session, Settings
 
+_LOG = logging.getLogger(__name__)
 _EXPLAIN = (
     "An image is too near if its latents are closer than the radius to those of a protected image or of another image "
     "(L2 distance in the model's latent space). That is what SPELL keeps; it is not a promise that two pictures do not "
@@ -43,9 +52,13 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
     options = guidance_call(pipe, model)
     space = LatentSpace.of(pipe)
     running = threading.Lock()  # one model, one sampling at a time
+    server = Server()
 
     def opened(session: Session | None) -> Session:
-        return session or Session(pipe, model, options)
+        try:
+            return session or Session(pipe, model, options, server)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
     def effect(radius: float, strength: float, end: float) -> str:
         acts = "to the end" if end == 0 else f"while the noise level is between 1 and {end:g}; later it may come back"
@@ -57,7 +70,12 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
 
     def protect(session: Session | None, files: list[str] | None) -> tuple[Any, ...]:
         session = opened(session)
-        return _protection(session, lambda: session.protect_files([_uploaded(file) for file in files or []]))
+        paths = [_uploaded(file) for file in files or []]
+        try:
+            return _protection(session, lambda: session.protect_files(paths))
+        finally:
+            for path in paths:  # the session has what it needs of them
+                Path(path).unlink(missing_ok=True)
 
     def protect_result(session: Session | None) -> tuple[Any, ...]:
         session = opened(session)
@@ -85,6 +103,9 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
                 )
             except ValueError as error:
                 raise gr.Error(str(error), duration=None, print_exception=False) from None
+            except Exception as error:  # a traceback in the log could quote the prompt
+                _LOG.error("a run failed: %s", type(error).__name__)
+                raise gr.Error(f"the run failed: {type(error).__name__}", print_exception=False) from None
         return session, *_shown(result, settings), _memory(session)
 
     gallery = {
@@ -147,7 +168,7 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
 
 
 def serve(model: str = DEFAULT_MODEL, port: int = 7860, host: str = "127.0.0.1", device: str | None = None) -> None:
-    """Serve the page until interrupted.
+    """Serve the page until interrupted, also by SIGTERM; uploads are deleted then.
 
     Args:
         model: argument of `shielded.models.load`.
@@ -155,7 +176,31 @@ def serve(model: str = DEFAULT_MODEL, port: int = 7860, host: str = "127.0.0.1",
         host: address to listen on; 127.0.0.1 is this machine alone.
         device: device of the model.
     """
-    build(model, device).queue().launch(server_name=host, server_port=port, **LAUNCH)
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # warnings about long prompts quote them
+    with tempfile.TemporaryDirectory(prefix="shielded-studio-") as folder, _until_terminated():
+        tempfile.tempdir, before = folder, tempfile.tempdir  # sessions, too, end with the server
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
+        guard = Middleware(OwnHostOnly, host=host, port=port, uploads=Path(folder) / "uploads")  # pyright: ignore[reportArgumentType]
+        try:
+            page = build(model, device).queue()
+            page.launch(server_name=host, server_port=port, app_kwargs={"middleware": [guard]}, **LAUNCH)
+        finally:
+            tempfile.tempdir = before
+
+
+@contextlib.contextmanager
+def _until_terminated() -> Iterator[None]:
+    """End the block in order when the process is asked to terminate, as it is by Ctrl-C."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _uploaded(file: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -13,17 +14,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from shielded.files import replacing, sha256
+from shielded.files import file_sha256, replacing, sha256
 from shielded.latent_space import LatentSpace, to_rgb
+from shielded.latent_space.pixels import clip_to_pixels
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import make_pair, spell_arguments
 from shielded.runs.report import Row
 from shielded.runs.results import PairReport
 from shielded.spell import History, Spell
+from shielded.studio.limits import Server, folder_bytes
 
 MOST_UPLOADS = 64
 MOST_PIXELS = 50_000_000
+MOST_RUNS_KEPT = 4  # on disk; older ones are deleted
+PREVIEW = 256  # pixels on the longer side of the protected pictures that the page shows
 REMEMBERED = 256
 ATTEMPTS = 2
 
@@ -76,9 +81,14 @@ class Session:
         pipe: the model.
         model: its name, for certificates.
         options: passed on to the pipeline, for example guidance_scale.
+        server: counts what all sessions hold; None: this is the only one.
+
+    Raises:
+        ValueError: the server has too many sessions.
     """
 
-    def __init__(self, pipe: Any, model: str, options: dict[str, Any]) -> None:
+    def __init__(self, pipe: Any, model: str, options: dict[str, Any], server: Server | None = None) -> None:
+        self.usage = (server or Server()).open()
         self._folder = tempfile.TemporaryDirectory(prefix="shielded-")
         self.pipe = pipe
         self.model = model
@@ -106,22 +116,26 @@ class Session:
             raise ValueError(f"{len(paths)} files at once; {MOST_UPLOADS} are the most.")
         new, present, broken = [], 0, []
         known = set(self.protected.sha256)
+        self.usage.take("files", len(paths))
         for path in map(Path, paths):
-            data = path.read_bytes()
-            digest = sha256(data)
+            digest = file_sha256(path)
             if digest in known:
                 present += 1
                 continue
             try:
-                new.append((open_picture(path), path.stem, digest))
+                with self.usage.server.decoding:  # and only its reduced form is kept
+                    picture = open_picture(path, lambda pixels: self.usage.take("pixels", pixels))
+                    pixels = clip_to_pixels(picture, self._image_size, None)
+                    picture.thumbnail((PREVIEW, PREVIEW))
+                new.append((pixels, picture, path.stem, digest))
                 known.add(digest)
             except ValueError as error:
                 broken.append(str(error))
         if broken and not new and not present:
             raise ValueError(" ".join(broken))
         if new:
-            images, names, digests = zip(*new, strict=True)
-            self._protect(self.space.encode(images), images, names, digests)
+            pixels, images, names, digests = zip(*new, strict=True)
+            self._protect(lambda: self.space.encode(torch.stack(pixels)), images, names, digests)
         parts = [f"{len(new)} added"]
         parts += [f"{present} already there"] if present else []
         return ", ".join(parts) + "." + "".join(f" {reason}" for reason in broken)
@@ -136,13 +150,18 @@ class Session:
         new = [i for i, digest in enumerate(digests) if digest not in known]
         if new:
             names = [f"{rows[i].prompt}, seed {rows[i].seed}" for i in new]
-            self._protect(latents[new], [rows[i].without for i in new], names, [digests[i] for i in new])
+            previews = [rows[i].without.copy() for i in new]
+            for preview in previews:
+                preview.thumbnail((PREVIEW, PREVIEW))
+            self._protect(lambda: latents[new], previews, names, [digests[i] for i in new])
         return f"{len(new)} added." if new else "they are protected already."
 
     def clear(self) -> None:
         """Stop protecting any images."""
         self.protected = self._empty_set()
         self.pictures = []
+        self.usage.set("pictures", 0)
+        self._count_disk()
 
     def forget(self) -> None:
         """Forget the images of earlier runs."""
@@ -151,6 +170,7 @@ class Session:
     def close(self) -> None:
         """Delete the session's files."""
         self._folder.cleanup()
+        self.usage.close()
 
     # Generating ---------------------------------------------------------------------------------------------------
 
@@ -183,7 +203,9 @@ class Session:
         )
         # A window that closes early is for variety; images that re-enter a shield then are shown, not repaired.
         on_leak = "restart" if protect and settings.window_end == 0 else "report"
+        self._count_disk()
         self._runs += 1
+        self._delete_run(self._runs - MOST_RUNS_KEPT)
         folder = RunFolder(Path(self._folder.name) / f"run-{self._runs}")
 
         def step(label: str, pipe: Any, index: int) -> None:
@@ -219,33 +241,62 @@ class Session:
     # Parts --------------------------------------------------------------------------------------------------------
 
     def _protect(
-        self, latents: Tensor, images: Sequence[Image.Image], names: Sequence[str], digests: Sequence[str]
+        self,
+        latents: Callable[[], Tensor],
+        images: Sequence[Image.Image],
+        names: Sequence[str],
+        digests: Sequence[str],
     ) -> None:
+        self.usage.take("pictures", len(images))
+        self._count_disk(len(images) * self.space.dim * 4)
         taken, ids = set(self.protected.ids), []
         for name in names:
             unique = name if name not in taken else f"{name} ({len(taken)})"
             taken.add(unique)
             ids.append(unique)
-        self.protected.add(latents, ids, sha256=digests)
+        self.protected.add(latents(), ids, sha256=digests)
         self.pictures += zip(images, ids, strict=True)
+
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        return cast(tuple[int, int], self.space.image_size)  # of a pipeline
+
+    def _count_disk(self, more: int = 0) -> None:
+        """Count the session's files, and what is about to be written; refuse what does not fit."""
+        self.usage.set("disk", folder_bytes(Path(self._folder.name)) + more)
+
+    def _delete_run(self, number: int) -> None:
+        folder = Path(self._folder.name) / f"run-{number}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".zip").unlink(missing_ok=True)
 
     def _empty_set(self) -> ProtectedSet:
         return ProtectedSet.create(Path(self._folder.name) / "protected", self.space, torch.float32, overwrite=True)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, count: Callable[[int], None] = lambda pixels: None) -> Image.Image:
     """Read an uploaded picture, upright and in RGB.
+
+    Args:
+        path: of the picture.
+        count: called with the number of its pixels before they are decoded; may refuse them with a ValueError.
 
     Raises:
         ValueError: it cannot be read, or is larger than the studio takes.
     """
     try:
         with Image.open(path) as image:
-            if image.width * image.height <= MOST_PIXELS:
-                return to_rgb(ImageOps.exif_transpose(image))
+            pixels = image.width * image.height
     except Exception:  # decoders raise all kinds of errors on broken files
         raise ValueError(f"{path.name} is not a picture that can be read.") from None
-    raise ValueError(f"{path.name} has more than {MOST_PIXELS // 1_000_000} million pixels; make it smaller.")
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"{path.name} has more than {MOST_PIXELS // 1_000_000} million pixels; make it smaller.")
+    count(pixels)
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Exception:
+        raise ValueError(f"{path.name} is not a picture that can be read.") from None
 
 
 def _table_row(row: Row) -> list[Any]:
@@ -275,6 +326,8 @@ def _summary(pair: PairReport) -> str:
             f"Closer than the radius to a protected image: **{pair.leaks_without} of {len(pair.rows)} without SPELL, "
             f"{pair.leaks_with} with**."
         )
+    if pair.unresolved:
+        lines.append(f"{len(pair.unresolved)} are still inside a shield or closer than the radius to another image.")
     if pair.refused:
         lines.append(f"{len(pair.refused)} could not be brought outside and are refused: they are not shown.")
     before, after = pair.without.min_pair_distance, pair.with_.min_pair_distance
@@ -283,7 +336,9 @@ def _summary(pair: PairReport) -> str:
     trace = pair.spell.trace
     if pair.corrected:
         steps = len({(row["run"], row["step"]) for row in trace if row["push"] > 0})
-        lines.append(f"{pair.corrected} images were pushed, in {steps} of {trace[-1]['step'] + 1} steps.")
+        lines.append(
+            f"{pair.corrected} images were pushed, in {steps} of {max(row['step'] for row in trace) + 1} steps."
+        )
     else:
         lines.append("No image came closer than the radius to anything, so nothing was changed; a larger radius acts.")
     return "\n\n".join(lines)
