@@ -49,6 +49,7 @@ def test_add_remove_and_compact(pictures, target):
     first = run_json(pictures / "a.png", "--out", target, "--radius", 8)
     assert first == {
         "set": str(target), "size": 1, "version": 2, "removed": 0, "added": 1, "present": 0, "skipped": [],
+        "found": 1, "new": 1, "not_looked_at": {},
     }  # fmt: skip
     second = run_json(pictures, "--out", target, "--add", "--radius", 9, "--mirror")
     assert (second["added"], second["present"], second["size"]) == (5, 0, 6)

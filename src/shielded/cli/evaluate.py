@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, Features, UsageError, errors, show, why
+from shielded.cli.options import AsJson, Debug, Device, Features, UsageError, errors, show, show_skipped
 from shielded.models import DEFAULT_MODEL
 
 _HEADINGS = {
@@ -56,9 +57,9 @@ def evaluate(
 def _images(path: str) -> list[Any]:
     from shielded.protected import load_images
 
-    loaded, skipped = load_images(path, strict=False)
-    for name, reason in skipped:
-        typer.echo(f"skipped {name}: {why(reason)}", err=True)
+    passed: Counter[str] = Counter()
+    loaded, skipped = load_images(path, strict=False, not_looked_at=passed)
+    show_skipped(skipped, passed)
     if not loaded:
         raise ValueError(f"none of the images in {path} could be read.")
     return [image for _, image, *_ in loaded]

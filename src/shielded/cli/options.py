@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -152,6 +153,15 @@ def check_out(out: Path, overwrite: bool) -> None:
 def why(reason: str) -> str:
     """Say why a picture could not be read; Pillow's own message names a memory address."""
     return "not a picture that can be read" if "cannot identify" in reason else reason
+
+
+def show_skipped(skipped: Sequence[tuple[str, str]], not_looked_at: Mapping[str, int]) -> None:
+    """Print which pictures could not be read, and how many files hold none that is recognised."""
+    for path, reason in skipped:
+        typer.echo(f"skipped {path}: {why(reason)}", err=True)
+    unknown = {kind: number for kind, number in not_looked_at.items() if kind not in ("text", "empty")}
+    if unknown:
+        typer.echo(f"not looked at: {', '.join(f'{number} {kind}' for kind, number in unknown.items())}", err=True)
 
 
 def show(result: dict[str, Any], as_json: bool, summary: str) -> None:

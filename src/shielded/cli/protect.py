@@ -45,7 +45,12 @@ def protect(
         list[str] | None, typer.Option(metavar="ID", help="Remove this image and its mirror image; may be repeated.")
     ] = None,
     compact: Annotated[bool, typer.Option("--compact", metavar="", help="Delete removed images from disk.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", metavar="", help="Stop at an image that cannot be read.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", metavar="", help="Stop at what cannot be read or recognised.")
+    ] = False,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Column of images in tables; may be repeated.")
+    ] = None,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Ray cluster whose workers read and encode.")
     ] = None,
@@ -85,6 +90,7 @@ def protect(
                 device=device,
                 descriptor=descriptor,
                 progress=not as_json,
+                columns=column or (),
             )
         except FileExistsError as error:
             raise UsageError(str(error)) from None
@@ -104,12 +110,18 @@ def _print(result: ProtectResult, as_json: bool) -> None:
             "--remove them first, or give --radius to generate.",
             err=True,
         )
+    mirrored = f" (with mirror images {result.added})" if result.added != result.new else ""
     counts = (
-        f"{result.added} added, {result.present} already present, {len(result.skipped)} skipped, "
+        f"{result.new} added{mirrored}, {result.present} already present, {len(result.skipped)} skipped, "
         f"{result.removed} removed"
     )
+    found = f"{result.found} found: " if result.found else ""
+    summary = f"{result.set}: {found}{counts}; {result.size} in all."
+    if result.not_looked_at:
+        kinds = ", ".join(f"{number} {reason}" for reason, number in sorted(result.not_looked_at.items()))
+        summary += f" Not looked at: {kinds}."
     printed = {name: value for name, value in vars(result).items() if name != "other_radii"}
-    show(printed, as_json, f"{result.set}: {counts}; {result.size} in all.")
+    show(printed, as_json, summary)
 
 
 def _print_skipped(skipped: list[tuple[str, str]]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, Model, errors, positive, say_tiers, show, why
+from shielded.cli.options import AsJson, Debug, Device, Model, errors, positive, say_tiers, show, show_skipped
 from shielded.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def verify(
         from shielded.models import load
         from shielded.protected import ProtectedSet, load_images
 
-        loaded, skipped = load_images(paths, strict=False)
-        for path, reason in skipped:
-            typer.echo(f"skipped {path}: {why(reason)}", err=True)
+        passed: Counter[str] = Counter()
+        loaded, skipped = load_images(paths, strict=False, not_looked_at=passed)
+        show_skipped(skipped, passed)
         if not loaded:
             raise ValueError("none of the images could be read.")
         protected = ProtectedSet.open(protect)
@@ -75,6 +76,7 @@ def verify(
             "copies": sum(image.copy or False for image in verified),
             "failed_certificates": sum(bool(image.problems) for image in verified),
             "skipped": [path for path, _ in skipped],
+            "not_looked_at": dict(passed),
             "images": [vars(image) for image in verified],
             "logs": logs,
         }

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
+
+_SAME_LEVELS = 2  # of 255, by which a profile may differ from sRGB and count as it
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB: transparency over white, 16-bit grey values scaled to 8 bits.
+    """Convert an image to sRGB: its colour profile applied, transparency over white, 16-bit grey scaled to 8 bits.
+
+    A profile that cannot be read, or does not fit the image, is passed over, as browsers do.
 
     Raises:
         ValueError: for images of 32-bit numbers, whose range is unknown.
     """
+    profile = image.info.get("icc_profile")
+    if profile:
+        image = _to_srgb(image, profile)
     if image.mode in ("I", "F"):
         raise ValueError(f"an image of mode {image.mode} has no defined range of values; convert it to RGB")
     if image.mode.startswith("I;16"):
@@ -26,6 +35,57 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert colours of an embedded profile to sRGB; return an image without a profile."""
+    alpha = None
+    if image.mode in ("P", "PA", "RGBA", "LA") or "transparency" in image.info:
+        colours = "L" if image.mode in ("L", "LA") else "RGB"
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert(colours)
+    elif image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    space = _profile_space(profile)
+    transform = _transform(profile, image.mode) if space == _PROFILE_SPACES.get(image.mode) else None
+    if transform is not None:
+        image = ImageCms.applyTransform(image, transform) or image
+    image = image.copy()
+    image.info.pop("icc_profile", None)
+    if alpha is not None:
+        image = image.convert("RGB")
+        image.putalpha(alpha)
+    return image
+
+
+_PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "LAB"}
+
+
+def _profile_space(profile: bytes) -> str:
+    return profile[16:20].decode("ascii", "replace").strip().upper()
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Make the conversion of a profile to sRGB; None if it cannot be read or is that of sRGB itself."""
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.NOCACHE,  # for several threads
+        )
+        if mode != "RGB":
+            return transform
+        levels = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), -1).reshape(1, -1, 3)
+        converted = ImageCms.applyTransform(Image.fromarray(levels), transform)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    change = np.abs(np.asarray(converted).astype(int) - levels).max()
+    return None if change <= _SAME_LEVELS else transform  # so that sRGB stays bit for bit what it is
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:

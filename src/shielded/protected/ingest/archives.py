@@ -1,25 +1,62 @@
-"""Read pictures out of tar archives, parquet files and Arrow files."""
+"""Read pictures out of tar archives: everything behind a damaged place too, and say what is damaged."""
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from shielded._extras import missing
-from shielded.protected.ingest.pictures import Picture
+from shielded.protected.ingest.contents import HEAD_BYTES, decompressed, kind_of, not_read, without_pictures
+from shielded.protected.ingest.pictures import IMAGE_SUFFIXES, Passed, Picture
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-TABLE_SUFFIXES = (".parquet", ".arrow")
-
-_TABLE_ROWS_AT_ONCE = 64
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
-# Tar archives ---------------------------------------------------------------------------------------------------------
+class _Header(tarfile.TarInfo):
+    """A member's header, which notes in its archive what `tarfile` passes over in silence."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        archive: _Archive = tarfile
+        try:
+            member = super().fromtarfile(tarfile)
+        except _EndMarker:
+            archive.ended = True
+            raise
+        except _Truncated:
+            archive.cut = True
+            raise
+        except _Invalid:
+            archive.first_lost = archive.first_lost if archive.lost else archive.offset
+            archive.lost += 1
+            raise
+        archive.ended = False
+        return member
+
+
+_EndMarker, _Truncated, _Invalid = (
+    getattr(tarfile, f"{kind}HeaderError") for kind in ("EOF", "Truncated", "Invalid")
+)  # not in the types of tarfile
+
+
+class _Archive(tarfile.TarFile):
+    """A tar archive that goes on behind damaged headers, and behind an end marker as joined archives have it."""
+
+    tarinfo = _Header
+    ended = cut = False
+    lost = first_lost = 0
+
+    def damage(self) -> str | None:
+        """Say what was found to be damaged, after the last member."""
+        if self.lost:
+            return f"{self.lost} blocks cannot be read as headers, from byte {self.first_lost} on; their files are lost"
+        if self.cut or not self.ended:
+            return "its end marker is missing, so it may have been cut off"
+        return None
 
 
 def tar_pictures(name: str, path: str) -> Iterator[Picture]:
@@ -27,116 +64,74 @@ def tar_pictures(name: str, path: str) -> Iterator[Picture]:
 
     Args:
         name: prefix of the pictures' names.
-        path: the archive, compressed or not. A damaged one ends with a picture that cannot be read.
+        path: the archive, compressed or not. What is damaged is a picture that cannot be read, at the end.
     """
     try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in _image_members(tar):
-                file = tar.extractfile(member)
-                data = b"" if file is None else file.read()
-                stem = os.path.splitext(member.name)[0]
-                yield Picture(f"{name}/{stem}", f"{path}/{member.name}", partial(_known_bytes, data))
-    except (tarfile.TarError, OSError, EOFError) as error:
-        yield Picture(name, path, partial(_fail, f"the archive is damaged: {error}"))
+        with _opened(path) as file, _Archive.open(fileobj=file, mode="r|", ignore_zeros=True) as tar:
+            seen: set[str] = set()
+            for member in _members(tar):
+                seen.add(member.name)
+                yield _picture(tar, member, name, path, seen)
+            damage = tar.damage()
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        damage = str(error) or type(error).__name__
+    if damage is not None:
+        yield Picture(name, path, partial(_fail, f"the archive is damaged: {damage}"))
 
 
 def count_tar_pictures(path: str) -> int | None:
     """Count the pictures of a tar archive; None if it would have to be decompressed, or is damaged."""
-    if not path.lower().endswith(".tar"):
-        return None
     try:
-        with tarfile.open(path, "r:") as tar:
-            return sum(1 for _ in _image_members(tar))
+        with open(path, "rb") as file:
+            if decompressed(path, file.read(8)) is not None:
+                return None
+            file.seek(0)
+            with _Archive.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+                number = sum(_picture(tar, member, "", "", set()).passed is None for member in _members(tar))
+                return number if tar.damage() is None else None
     except (OSError, EOFError, tarfile.TarError, ValueError):
         return None  # reading it reports what is wrong
 
 
-def _image_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _opened(path: str) -> BinaryIO:
+    with open(path, "rb") as file:
+        head = file.read(8)
+    return decompressed(path, head) or open(path, "rb")
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         # tarfile remembers every member, a kilobyte each; its types do not name the list.
         tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-        if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
+        if not member.isdir():
             yield member
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
-def table_pictures(name: str, path: str) -> Iterator[Picture]:
-    """Yield the pictures of a parquet file, or of an Arrow file as Hugging Face `datasets` saves it, row by row.
-
-    Args:
-        name: prefix of the pictures' names.
-        path: the table. A damaged one ends with a picture that cannot be read.
-
-    Raises:
-        RuntimeError: pyarrow is not installed.
-        ValueError: the table has no column of images.
-    """
-    row = 0
-    try:
-        for column in _image_columns(path):
-            for value in column.to_pylist():
-                data, file = (value or {}).get("bytes"), (value or {}).get("path")
-                read = Path(file).read_bytes if data is None and file else partial(_known_bytes, data)
-                yield Picture(f"{name}/{row}", f"{path}/{row}", read)
-                row += 1
-    except (OSError, _pyarrow().ArrowException) as error:
-        yield Picture(name, path, partial(_fail, f"the table is damaged: {error}"))
-
-
-def count_table_pictures(path: str) -> int | None:
-    """Count the rows of a table; None if it is damaged."""
-    pa = _pyarrow()
-    try:
-        if path.lower().endswith(".parquet"):
-            return pa.parquet.ParquetFile(path).metadata.num_rows
-        return sum(len(batch) for batch in pa.ipc.open_stream(pa.memory_map(path)))
-    except (OSError, EOFError, ValueError):
-        return None  # reading it reports what is wrong
-
-
-def _image_columns(path: str) -> Iterator[Any]:
-    """Yield the images of a table, some rows at a time, as Arrow arrays of {bytes, path} as `datasets` stores them."""
-    pa = _pyarrow()
-    if path.lower().endswith(".parquet"):
-        table = pa.parquet.ParquetFile(path)
-        name = _image_column_name(table.schema_arrow, path)
-        batches = table.iter_batches(batch_size=_TABLE_ROWS_AT_ONCE, columns=[name])
-    else:
-        batches = pa.ipc.open_stream(pa.memory_map(path))
-        name = _image_column_name(batches.schema, path)
-    for batch in batches:
-        for start in range(0, len(batch), _TABLE_ROWS_AT_ONCE):
-            column = batch.column(name)[start : start + _TABLE_ROWS_AT_ONCE]
-            if not pa.types.is_struct(column.type):
-                column = pa.StructArray.from_arrays([column], ["bytes"])
-            yield column
-
-
-def _image_column_name(schema: Any, path: str) -> str:
-    """Choose the column with {bytes, path}, or else the only one of bytes."""
-    types = _pyarrow().types
-    encoded = [f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    binary = [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)]
-    if not encoded and len(binary) != 1:
-        raise ValueError(
-            f"{path} has no column of images (a struct with `bytes`, or one binary column); it has {schema.names}."
+def _picture(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, path: str, seen: set[str]) -> Picture:
+    """Make a picture of a member; the file is read where it may be one."""
+    source = f"{path}/{member.name}"
+    picture = partial(Picture, f"{name}/{os.path.splitext(member.name)[0]}", source)
+    if member.issym() or member.islnk():
+        target = os.path.normpath(os.path.join(os.path.dirname(member.name) if member.issym() else "", member.linkname))
+        known = target in seen
+        return picture(
+            _no_bytes, Passed("links to files of the archive" if known else "links out of an archive", known)
         )
-    return (encoded or binary)[0]
+    file = tar.extractfile(member) if member.isfile() else None
+    if file is None:
+        return picture(_no_bytes, Passed("pipes and devices", False))
+    if member.name.lower().endswith(IMAGE_SUFFIXES):
+        return picture(partial(bytes, file.read()))
+    head = file.read(HEAD_BYTES)
+    text = without_pictures(head)
+    if text is not None:
+        return picture(_no_bytes, Passed(text, True))
+    reason = not_read(head) or ("a table in an archive; unpack it first" if kind_of(head) == "table" else None)
+    return picture(partial(_fail, reason) if reason else partial(bytes, head + file.read()))
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise RuntimeError(missing("Parquet and Arrow files", "parquet")) from None
-    return pyarrow
-
-
-def _known_bytes(data: bytes | None) -> bytes:
-    return _fail("the table has no image in this row") if data is None else data
+def _no_bytes() -> bytes:
+    return b""
 
 
 def _fail(reason: str) -> NoReturn:

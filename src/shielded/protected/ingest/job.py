@@ -33,6 +33,9 @@ class ProtectResult:
         added: how many were encoded and added, each mirrored image counted too.
         present: how many were in the set already, or were given twice.
         skipped: path and reason of each image that could not be read.
+        found: how many pictures were found, the sum of `new`, `present` and the number of `skipped`.
+        new: of how many pictures something was added.
+        not_looked_at: how many files hold no picture that is recognised, by what they are.
         other_radii: whether images that were in the set before have another radius than the given one.
     """
 
@@ -43,6 +46,9 @@ class ProtectResult:
     added: int = 0
     present: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    found: int = 0
+    new: int = 0
+    not_looked_at: dict[str, int] = field(default_factory=dict)
     other_radii: bool = False
 
 
@@ -70,6 +76,7 @@ def protect(
     device: str | None = None,
     progress: bool = True,
     descriptor: str | None = None,
+    columns: Sequence[str] = (),
 ) -> ProtectResult:
     """Encode images into a protected set on disk; remove images from one.
 
@@ -87,12 +94,14 @@ def protect(
         remove: ids to remove first, each with its mirror image; those that were removed before are passed over.
         compact: delete the vectors of removed images from disk at the end.
         overwrite: replace a set that exists.
-        strict: raise if an image cannot be read, instead of skipping it.
+        strict: raise if an image cannot be read, or a file may hold pictures that are not recognised, instead of
+            skipping it.
         ray: address of a Ray cluster whose workers read and encode; see `shielded.protected.ray`.
         device: where to encode; None: CUDA if available.
         progress: show a progress bar.
         descriptor: "shielded", so that a new set also finds changed copies; None: it has shields alone. A set that
             exists keeps what it has.
+        columns: names of the columns of tables that hold images; none: the only one.
 
     Returns:
         Counts of what was done, and the images that were skipped.
@@ -119,6 +128,7 @@ def protect(
         other_radii = radius is not None and add and bool((ProtectedSet.open(out).radii != radius).any())
         job = {"paths": given, "model": model, "radius": radius, "mirror": mirror}
         job |= {} if descriptor is None else {"descriptor": descriptor}
+        job |= {"columns": list(columns)} if columns else {}
         done = _add(out, job, add or bool(remove), overwrite, strict, device, progress, ray)
     protected = ProtectedSet.open(out)
     if compact:
@@ -162,7 +172,8 @@ def _add(
             f"{out} is a protected set already; use --add (add=True) to add to it, or --overwrite (overwrite=True) to "
             "replace it."
         )
-    require_images(job["paths"])  # a path that does not exist ends the job before the model is loaded
+    columns = job.get("columns", [])
+    require_images(job["paths"], columns)  # a path that does not exist ends the job before the model is loaded
     if ray is not None:
         from shielded.protected.ray.connection import connect
 
@@ -180,6 +191,7 @@ def _add(
         write_json(out / store.UNFINISHED, {**job, "replaces": replaced})
         protected = ProtectedSet.create(out, space, torch.float16, overwrite, job.get("descriptor"))
     options = {"radius": job["radius"], "strict": strict, "mirror": job["mirror"], "progress": progress}
+    options |= {"columns": columns} if columns else {}
     if ray is None:
         done = add_images(protected, job["paths"], space=space, **options)
     else:

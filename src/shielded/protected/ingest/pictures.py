@@ -9,14 +9,38 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, count
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shielded.latent_space import to_rgb
 from shielded.protected.columns import Id
+from shielded.protected.ingest.contents import HEAD_BYTES, not_read, without_pictures
+
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_ONE_PICTURE = ("PSD",)  # formats whose further frames are parts of the picture
 
 Result = TypeVar("Result")
+
+
+class Passed(NamedTuple):
+    """Why a file is not looked at.
+
+    Args:
+        reason: what it is, in the plural where that fits.
+        harmless: it certainly holds no picture, so that not even `strict` refuses it.
+    """
+
+    reason: str
+    harmless: bool
+
+
+class NoPictureError(ValueError):
+    """A file whose content is not that of a picture; `passed` says what it is."""
+
+    def __init__(self, passed: Passed) -> None:
+        super().__init__(f"not a picture that can be read ({passed.reason})")
+        self.passed = passed
 
 
 @dataclass(frozen=True)
@@ -27,17 +51,60 @@ class Picture:
         name: its path below the given one, without suffix.
         source: its path; in an archive or table, the path of that file and the member or row.
         read: reads its bytes; raises an error that says what is wrong with it.
+        passed: why it is not read; None: it is.
     """
 
     name: str
     source: str
     read: Callable[[], bytes]
+    passed: Passed | None = None
 
 
-def decode_picture(data: bytes) -> Image.Image:
-    """Decode an image file, turned upright as its EXIF data says, in RGB."""
-    with Image.open(io.BytesIO(data)) as image:
+def decode_picture(data: bytes, frame: int = 0) -> Image.Image:
+    """Decode an image file, turned upright as its EXIF data says, in sRGB.
+
+    Args:
+        data: the file.
+        frame: number of the frame of an animation, or of the page.
+
+    Raises:
+        NoPictureError: its content is that of something else.
+        ValueError: it cannot be decoded; decoders raise other errors, too.
+    """
+    with _open(data) as image:
+        if frame:
+            image.seek(frame)
         return to_rgb(ImageOps.exif_transpose(image))
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open an image file; say what it is if it is no image."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        head = data[:HEAD_BYTES]
+        reason, text = not_read(head), without_pictures(head)
+        if reason is not None:
+            raise ValueError(reason) from None
+        if text == "files of the system":
+            raise NoPictureError(Passed(text, True)) from None
+        raise
+
+
+def count_frames(data: bytes) -> tuple[int, str | None]:
+    """Count the pictures of an image file, frames of an animation or pages of a document; say if some may be missing.
+
+    Raises:
+        NoPictureError: its content is that of something else.
+        ValueError: it cannot be read; decoders raise other errors, too.
+    """
+    with _open(data) as image:
+        frames = 1 if image.format in _ONE_PICTURE else getattr(image, "n_frames", 1)
+        cut = image.format == "GIF" and not data.rstrip(b"\0").endswith(b";")
+    return (
+        frames,
+        f"the file does not end as a GIF does, so frames behind the first {frames} may be lost" if cut else None,
+    )
 
 
 def unique_name(name: str, taken: set[Id]) -> str:

@@ -20,12 +20,22 @@ from tqdm import tqdm
 
 from shielded.latent_space import LatentSpace
 from shielded.protected.ingest import sources
-from shielded.protected.ingest.encoding import AddedImages, EncodedImage, KnownImages, Saver, encode_pixels, pixels_of
-from shielded.protected.ingest.pictures import Picture, skip
+from shielded.protected.ingest.encoding import (
+    AddedImages,
+    EncodedImage,
+    KnownImages,
+    Saver,
+    encode_pixels,
+    frame_digest,
+    frame_name,
+    pixels_of,
+)
+from shielded.protected.ingest.pictures import NoPictureError, Passed, Picture, count_frames
 from shielded.protected.ingest.sources import Paths
 from shielded.protected.protected_set import ProtectedSet
 from shielded.protected.ray.connection import CHECK_SECONDS, Head, connect
 
+_HARMLESS, _NOT_KNOWN = "harmless", "not known"  # kinds of files that are not looked at
 _FILES_PER_TASK = 64  # image files that a worker reads in one task
 
 
@@ -39,6 +49,7 @@ def add_images_on_cluster(
     batch_size: int = 32,
     mirror: bool = False,
     progress: bool = True,
+    columns: Sequence[str] = (),
 ) -> AddedImages:
     """Encode images into a protected set like `add_images`, read and encoded by the workers of a cluster.
 
@@ -56,22 +67,23 @@ def add_images_on_cluster(
         batch_size: images per call of the encoder, at most.
         mirror: as in `add_images`.
         progress: as in `add_images`.
+        columns: as in `add_images`.
 
     Returns:
-        How many images were added and how many were present, and which were skipped.
+        As `add_images`.
 
     Raises:
         RuntimeError: no cluster, its head was lost, or a worker failed. Images encoded by then are saved, and the same
             call goes on from there.
         FileNotFoundError: a path does not exist, or there is no image in it. Other errors are those of `add_images`.
     """
-    sources.require_images(paths)
+    sources.require_images(paths, columns)
     if protected.descriptor is not None:
         raise ValueError("A cluster does not describe images yet, and this set has a descriptor; add them without ray.")
     connect(address)
     result = AddedImages()
     total = sources.count_pictures(paths) if progress else None
-    encoded = encoded_rows(protected, paths, model, batch_size, mirror)
+    encoded = encoded_rows(protected, paths, model, batch_size, mirror, columns)
     with (
         tqdm(total=total, desc="protect", unit="image", disable=not progress) as bar,
         Saver(protected, radius, result) as saver,
@@ -92,21 +104,25 @@ def _missing_images(
     """Yield columns and latents of each image that is not in the set yet and could be encoded, in order."""
     known = KnownImages(protected, mirror)
     for row in encoded:
-        bar.update()
+        if row["passed"]:
+            result.skip(row["source"], NoPictureError(Passed(row["error"], row["passed"] == _HARMLESS)), strict)
+            continue
+        bar.update(not row["frame"])
         if row["error"]:
-            skip(row["source"], ValueError(row["error"]), strict, result.skipped)
+            result.skip(row["source"], ValueError(row["error"]), strict)
             continue
         missing = known.missing(row["sha256"])
+        result.found += 1
         result.present += not missing
-        for mirrored in missing:
+        for number, mirrored in enumerate(missing):
             name = known.add(row["sha256"], row["name"], mirrored)
             data = np.frombuffer(row["mirrored" if mirrored else "latents"], np.float32)
             latent = torch.from_numpy(data.copy()).view(protected.space.shape)
-            yield EncodedImage(name, row["source"], row["sha256"].hex()), latent
+            yield EncodedImage(name, row["source"], row["sha256"].hex(), number == 0), latent
 
 
 def encoded_rows(
-    protected: ProtectedSet, paths: Paths, model: str, batch_size: int, mirror: bool
+    protected: ProtectedSet, paths: Paths, model: str, batch_size: int, mirror: bool, columns: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Read and encode images on the cluster that this process has joined; those that are in the set are only read.
 
@@ -116,9 +132,11 @@ def encoded_rows(
         model: as in `add_images_on_cluster`.
         batch_size: as in `add_images_on_cluster`.
         mirror: encode each image mirrored left to right too.
+        columns: as in `add_images`.
 
     Yields:
-        For each image, in order: name, source, sha256, latents and mirrored (bytes of float32), error.
+        For each image, in order: name, source, sha256, latents and mirrored (bytes of float32), error, frame (empty for
+        the first of a file), passed (not empty for a file that is not looked at; then `error` says what it is).
     """
     import ray
     import ray.data
@@ -134,7 +152,9 @@ def encoded_rows(
     data.context.execution_options.preserve_order = True
     # Half a processor: a reader waits most of the time, and Ray would make one operator of two with equal needs.
     reader: Any = _read  # Ray's types know functions of one argument alone
-    read = data.map_batches(reader, batch_size=1, batch_format="pyarrow", num_cpus=0.5, fn_kwargs={"known": known})
+    read = data.map_batches(
+        reader, batch_size=1, batch_format="pyarrow", num_cpus=0.5, fn_kwargs={"known": known, "columns": list(columns)}
+    )
     encoded = read.map_batches(
         EncodingActor,
         batch_size=batch_size,
@@ -176,28 +196,52 @@ def _is_known(digest: bytes, known: np.ndarray) -> bool:
     return low < len(known) and known[low].tobytes() == digest
 
 
-def _read(task: Any, known: Any) -> Iterator[Any]:
-    """Read the images of a task into tables: name, source, sha256, data (empty for a known image), error."""
+def _read(task: Any, known: Any, columns: list[str]) -> Iterator[Any]:
+    """Read the images of a task into tables: name, source, sha256, data (empty for a known image), error and so on."""
     import ray
 
     known = ray.get(known)
     pictures = (
         picture
         for name, path in zip(task["names"][0].as_py(), task["paths"][0].as_py(), strict=True)
-        for picture in sources.pictures_in(name, path)
+        for picture in sources.pictures_in(name, path, columns)
     )
-    while chunk := list(islice(pictures, _FILES_PER_TASK)):
-        yield _table([_read_one(picture, known) for picture in chunk], ("sha256", "data"))
+    rows = (row for picture in pictures for row in _read_frames(picture, known))
+    while chunk := list(islice(rows, _FILES_PER_TASK)):
+        yield _table(chunk, ("sha256", "data"))
 
 
-def _read_one(picture: Picture, known: np.ndarray) -> dict[str, Any]:
-    row = {"name": picture.name, "source": picture.source, "sha256": b"", "data": b"", "error": ""}
+def _read_frames(picture: Picture, known: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Read an image file into a row for each of its frames."""
+    row = {
+        "name": picture.name,
+        "source": picture.source,
+        "sha256": b"",
+        "data": b"",
+        "error": "",
+        "frame": "",
+        "passed": "",
+    }
+    if picture.passed is not None:
+        yield row | {"error": picture.passed.reason, "passed": _HARMLESS if picture.passed.harmless else _NOT_KNOWN}
+        return
     try:
         data = picture.read()
+        frames, problem = count_frames(data)
+    except NoPictureError as error:
+        yield row | {"error": error.passed.reason, "passed": _HARMLESS if error.passed.harmless else _NOT_KNOWN}
+        return
     except Exception as error:
-        return row | {"error": str(error) or type(error).__name__}
-    digest = hashlib.sha256(data).digest()
-    return row | {"sha256": digest, "data": b"" if _is_known(digest, known) else data}
+        yield row | {"error": str(error) or type(error).__name__}
+        return
+    whole = hashlib.sha256(data).digest()
+    for frame in range(frames):
+        digest = frame_digest(whole, frame)
+        names = {key: frame_name(row[key], frame) for key in ("name", "source")}
+        content = b"" if _is_known(digest, known) else data
+        yield row | names | {"sha256": digest, "data": content, "frame": str(frame) if frame else ""}
+    if problem is not None:
+        yield row | {"error": problem, "frame": str(frames)}
 
 
 class EncodingActor:
@@ -240,7 +284,7 @@ class EncodingActor:
         if row["error"] or not row["data"]:
             return None
         try:
-            return pixels_of(row["data"], self._space)
+            return pixels_of(row["data"], self._space, int(row["frame"] or 0))
         except Exception as error:  # decoders raise all kinds of errors on broken files
             return error
 
