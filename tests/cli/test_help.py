@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import shielded
 from shielded.cli import app
 
-COMMANDS = ["demo", "protect", "generate", "verify", "calibrate", "evaluate", "reproduce", "studio"]
+COMMANDS = ["demo", "protect", "inspect", "check", "generate", "verify", "calibrate", "evaluate", "reproduce", "studio"]
 WIDTH, LINES = 100, 30
 runner = CliRunner()
 
@@ -46,6 +46,8 @@ def test_the_version_is_printed_without_torch():
 
 
 BAD = {
+    "inspect": [[], ["photos"], ["nowhere"]],
+    "check": [[], ["photos"], ["nowhere"]],
     "demo": [
         ["--device", "tpu"],
         ["--seed", "-1"],

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from shielded import LatentSpace, ProtectedSet
 from shielded.cli import app
-from shielded.latent_space import to_rgb
+from shielded.latent_space import to_pixels, to_rgb
 from shielded.protected import add_images, load_images
 from shielded.protected.ingest import sources
 
@@ -31,6 +31,8 @@ def encoder(monkeypatch):
     def encode(self, images, batch_size=8):
         if not len(images):
             return torch.zeros(0, 4, 2, 2)
+        if isinstance(images, list):
+            images = torch.stack([to_pixels(picture, (16, 16)) for picture in images])
         means = torch.nn.functional.avg_pool2d(images, 8)
         return torch.cat([means, means[:, :1]], 1)
 

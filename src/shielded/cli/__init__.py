@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from shielded import __version__
-from shielded.cli import calibrate, demo, evaluate, generate, protect, reproduce, settings, studio, verify
+from shielded.cli import (
+    calibrate,
+    check,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    protect,
+    reproduce,
+    settings,
+    studio,
+    verify,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +30,8 @@ app = typer.Typer(
 for command in (
     demo.demo,
     protect.protect,
+    inspect.inspect,
+    check.check,
     generate.generate,
     verify.verify,
     calibrate.calibrate,

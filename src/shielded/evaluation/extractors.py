@@ -132,7 +132,7 @@ def _inception(source: None, device: str) -> Features:
 
 def _loaded(kind: Any, source: str) -> Any:
     try:
-        return kind.from_pretrained(source)
+        return kind.from_pretrained(source, use_safetensors=True)  # pickles can run code; others ignore it
     except (OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(

@@ -42,7 +42,7 @@ def load(model: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dty
         if isinstance(source, Path):
             _import(source)
         try:
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True)  # pickles can run code
         except OSError as error:
             if isinstance(source, Path):
                 raise

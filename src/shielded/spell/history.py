@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from shielded.files import replacing
+from shielded.files import replacing, sha256
 
 
 class History:
@@ -63,15 +64,36 @@ class History:
         self.version += 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file."""
+        """Write to a safetensors file, with a checksum."""
+        metadata = {"limit": str(self.limit), "sha256": _digest(self.latents)}
         with replacing(path) as draft:
-            save_file({"latents": self.latents}, draft, metadata={"limit": str(self.limit)})
+            save_file({"latents": self.latents}, draft, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], limit: int = 1024) -> History:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged.
+        """
         history = cls(limit)
-        latents = load_file(path)["latents"]
+        try:
+            with safe_open(path, "pt") as file:
+                latents, metadata = file.get_tensor("latents"), file.metadata() or {}
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: it is no history of finished images ({error}).") from None
+        if metadata.get("sha256", _digest(latents)) != _digest(latents):  # version 0.1 wrote none
+            raise ValueError(f"{path} is damaged: its checksum does not hold.")
+        if not latents.is_floating_point() or not latents.isfinite().all():
+            raise ValueError(f"{path} is damaged: its latents are not finite numbers.")
         if len(latents):
             history.add(latents)
         return history
+
+
+def _digest(latents: Tensor) -> str:
+    """Compute the SHA-256 of latents with their shape and type."""
+    return sha256(f"{latents.dtype} {tuple(latents.shape)} ".encode() + latents.contiguous().numpy().tobytes())
