@@ -175,9 +175,9 @@ def test_compiled_model():
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     references = net(noise())
     for radius in (0.01, 5.0):
-        spell = Spell(references, radius, batch=False)
+        spell, other = (Spell(references, radius, batch=False, radius_schedule="constant") for _ in range(2))
         x0 = RepelledDenoiser(lambda x, sigma: compiled(x), spell)(noise() + 0.1, 2.0)
-        plain = RepelledDenoiser(lambda x, sigma: net(x), Spell(references, radius, batch=False))(noise() + 0.1, 2.0)
+        plain = RepelledDenoiser(lambda x, sigma: net(x), other)(noise() + 0.1, 2.0)
         assert torch.equal(x0, plain)
     assert spell.trace[0]["active"] == 1
     assert counter.frame_count == 1

@@ -172,7 +172,7 @@ def test_nothing_active_nothing_released():
 
 def test_without_release_guidance_stays():
     plain = run(tiny("sd15"))
-    spell = Spell(plain[1:2], radius=0.5 * float(plain[1].norm()), batch=False)
+    spell = Spell(plain[1:2], radius=0.5 * float(plain[1].norm()), batch=False, release=None)
     with spell.attach(tiny("sd15").pipe):
         run(tiny("sd15"))
     assert any(row["active"] for row in spell.trace)

@@ -52,9 +52,17 @@ def generate(
         typer.Option(metavar="T", min=0, max=0.99, help="Push above noise level T; default 0, without a set 0.85."),
     ] = None,
     radius_schedule: Annotated[
-        Literal["constant", "posterior"],
-        typer.Option(metavar="HOW", help="constant, or posterior: less while x0 is uncertain."),
-    ] = "constant",
+        Literal["constant", "posterior"] | None,
+        typer.Option(metavar="HOW", help="constant, or posterior (less while x0 is blurred; default for a set)."),
+    ] = None,
+    release: Annotated[
+        float | None,
+        typer.Option(metavar="T", min=0, max=1, help="Let guidance go in shields above noise level T; 1: never."),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Share of the radius to keep beyond it; default with a set: 0.25."),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Denoising error for posterior, from calibrate.")
     ] = None,
@@ -73,8 +81,10 @@ def generate(
     Example: shielded generate "a red apple" -n 8 --out apples
     """
     with errors(debug):
-        if calibration is not None and radius_schedule != "posterior":
+        if calibration is not None and radius_schedule != "posterior" and (radius_schedule or protect is None):
             raise UsageError("--calibration needs the posterior radius; add --radius-schedule posterior.")
+        if margin and protect is None:
+            raise UsageError("--margin is about protected images; give a set with --protect.")
         if show_protected and protect is None:
             raise UsageError("--show-protected shows what is in a protected set; give one with --protect.")
         check_out(out, overwrite)
@@ -106,6 +116,8 @@ def generate(
             calibration=calibration,
             show_protected=show_protected,
             window_end=window_end,
+            release=release,
+            margin=margin,
         )
         if report is None:  # one of several processes, but not the one that writes
             return

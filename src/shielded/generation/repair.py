@@ -49,10 +49,15 @@ class ThroughPictures:
         self.space = space
         self.start = spell.start
         self.restrict = spell.restrict
+        self.release, self.release_scale = spell.release, spell.release_scale
+        self.colliding = spell.colliding
+        self.guidance: str | None = None
         self.finished: Tensor | None = None
 
-    def __call__(self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool) -> Tensor:
-        delta = self.spell(x0, noise=noise, alpha=alpha, sigma=sigma, last=last)
+    def __call__(
+        self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool, released: Tensor | None = None
+    ) -> Tensor:
+        delta = self.spell(x0, noise=noise, alpha=alpha, sigma=sigma, last=last, released=released)
         encoded = self.space.encode(self.space.decode(x0 + delta)).to(x0)
         return delta + self.spell(encoded, noise=noise, alpha=alpha, sigma=sigma, last=last)
 
@@ -130,8 +135,8 @@ def repair(
         rows = list(failed)
         copied = {i: copy for i in rows if (copy := made.copied[i]) is not None}
         radius = grown_radii(_radii(spell), copied, made.latents, _protected(spell), attempt - 1)
-        wider = ThroughPictures(_shields(spell, spell.overcompensation, 1 + WIDER * (attempt - 1), radius), space)
-        again, finished = resample(wider, rows, [made.images[i] for i in rows])
+        wider = _shields(spell, spell.overcompensation, 1 + WIDER * (attempt - 1), radius, spell.margin)
+        again, finished = resample(ThroughPictures(wider, space), rows, [made.images[i] for i in rows])
         _replace(made, rows, again, finished, space.encode(again), "restart")
         for i in rows:
             made.attempts[i] = attempt
@@ -195,11 +200,24 @@ def _radii(spell: Spell) -> float | Tensor:
 
 
 def _shields(
-    spell: Spell, overcompensation: float = 1.0, wider: float = 1.0, radius: float | Tensor | None = None
+    spell: Spell,
+    overcompensation: float = 1.0,
+    wider: float = 1.0,
+    radius: float | Tensor | None = None,
+    margin: float = 0.0,
 ) -> Spell:
     """Keep the protected images of a Spell alone, at `radius`, else the full one, or wider by a factor."""
-    radius = wider * (_radii(spell) if radius is None else radius)
-    return Spell(spell.protected, radius, overcompensation, batch=False, mask=spell.mask)
+    return Spell(
+        spell.protected,
+        wider * (_radii(spell) if radius is None else radius),
+        overcompensation,
+        batch=False,
+        mask=spell.mask,
+        radius_schedule="constant",
+        release=spell.release,
+        release_scale=spell.release_scale,
+        margin=margin,
+    )
 
 
 def _radius(spell: Spell) -> float:

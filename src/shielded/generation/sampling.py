@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from shielded.generation.distributed import Gathered, Share, batch_of_all, for_share, gather_finished
 from shielded.generation.generated import Generated
+from shielded.generation.noise import CoupledNoise, coupling
 from shielded.generation.repair import RESTART_LEVEL, OnLeak, ThroughPictures, check_on_leak, repair
 from shielded.latent_space import LatentSpace
 from shielded.samplers import attach
@@ -57,6 +60,7 @@ def generate(
     log: Callable[..., None] | None = None,
     finished: Callable[[Generated], None] | None = None,
     processes: bool = False,
+    couple: bool = False,
     **options: Any,
 ) -> Generated:
     """Generate one image per prompt and seed.
@@ -84,13 +88,17 @@ def generate(
         finished: called with each batch when it is finished, so that a stopped run loses one batch at most.
         processes: split each batch over the processes that `distributed.join` has joined. Each process calls this with
             the same arguments, except for the device of the pipeline and the log, and each gets all images.
+        couple: start the images of one prompt from noise whose sum is zero; see `CoupledNoise`. An image then depends
+            on the seeds before it. Restarts are not coupled.
         **options: passed on to the pipeline, for example guidance_scale.
 
     Returns:
         The images in the order of the prompts, with their latents and, where `on_leak` measured them, measurements.
 
     Raises:
-        ValueError: not one seed per prompt, on_leak without a ProtectedSet, or with a radius that cannot be kept.
+        ValueError: not one seed per prompt, on_leak without a ProtectedSet, or with a radius that cannot be kept;
+            couple with several processes or with given pictures or latents.
+        TypeError: couple, and the pipeline does not draw one noise per image.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt.")
@@ -98,6 +106,10 @@ def generate(
     if processes:
         batch_size = batch_of_all(batch_size, spell)
     space = None if on_leak == "report" else LatentSpace.of(pipe, options.get("height"), options.get("width"))
+    if couple and (processes or {"image", "latents", "video"} & options.keys()):
+        raise ValueError("couple=True is for text-to-image runs in one process, which draw their own noise.")
+    sizes = Counter(prompts)
+    noises = {prompt: CoupledNoise(size if couple else 1) for prompt, size in sizes.items()}
     parts: list[Generated] = []
     several = len(prompts) > batch_size
     with tqdm(total=len(prompts), desc=label, unit="image", disable=not (progress and several)) as whole:
@@ -113,7 +125,8 @@ def generate(
             generators = [torch.Generator().manual_seed(seed) for seed in numbers]
             call = {"prompt": texts, "generator": generators, "num_inference_steps": steps, **options}
             correct = for_share(spell, share) if processes else spell
-            images, latents = _sample(pipe, correct, call)
+            with coupling(pipe, [noises[text] for text in texts]) if couple else nullcontext():
+                images, latents = _sample(pipe, correct, call)
             made = Generated(images[: share.kept], latents[: share.kept])
             events: list[tuple[str, dict[str, Any]]] = []
             if space is not None and spell is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from shielded.models.guidance import GUIDANCE_OPTIONS, guidance_option
     from shielded.models.loading import call_options, guidance_call, load, locate, names
-    from shielded.models.presets import EMOJI, PRESETS, VARIETY, VARIETY_RADIUS, Preset, preset_of, table
+    from shielded.models.presets import EMOJI, PRESETS, PROTECTION, VARIETY, VARIETY_RADIUS, Preset, preset_of, table
 
 DEFAULT_MODEL: Final = "emoji"  # the embedded model; the features of its encoder have the same name
 
@@ -17,6 +17,7 @@ _PUBLIC = {
     "EMOJI": "shielded.models.presets",
     "GUIDANCE_OPTIONS": "shielded.models.guidance",
     "PRESETS": "shielded.models.presets",
+    "PROTECTION": "shielded.models.presets",
     "VARIETY": "shielded.models.presets",
     "VARIETY_RADIUS": "shielded.models.presets",
     "Preset": "shielded.models.presets",
@@ -34,6 +35,7 @@ __all__ = [
     "EMOJI",
     "GUIDANCE_OPTIONS",
     "PRESETS",
+    "PROTECTION",
     "VARIETY",
     "VARIETY_RADIUS",
     "Preset",

@@ -11,6 +11,10 @@ from shielded.models import DEFAULT_MODEL
 
 EMOJI = Path(__file__).parent / "emoji"
 
+# Protection: wider shields while sampling, so that a picture stays outside when it is decoded, and guidance let go down
+# to a low noise level, so that it becomes another picture. Measured on the embedded model (docs/method.md).
+PROTECTION = {"margin": 0.25, "release": 0.3}
+
 # Variety at the least cost in quality: `Spell(radius=VARIETY_RADIUS * dim**0.5, **VARIETY)` pushes hard, but only while
 # x0 is still a blurred mean. Measured on the embedded model (docs/reproduction.md). It keeps no distance to the end.
 VARIETY = {"window": (1.0, 0.85), "overcompensation": 5.0}

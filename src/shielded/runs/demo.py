@@ -8,13 +8,13 @@ from typing import Any, cast
 from shielded.generation import Generated
 from shielded.generation.repair import OnLeak
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, guidance_call, load
+from shielded.models import DEFAULT_MODEL, PROTECTION, guidance_call, load, preset_of
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import make_pair, spell_arguments
 from shielded.runs.report import Diversity
 from shielded.runs.results import PairReport
-from shielded.spell import Spell
+from shielded.spell import Calibration, Spell
 
 PROMPTS = ("red heart", "pizza", "owl", "sunflower")
 SEEDS = (0, 1, 2, 3)
@@ -60,6 +60,8 @@ def demo(
     pipe = load(DEFAULT_MODEL, device)
     space = LatentSpace.of(pipe)
     options: dict[str, Any] = {"steps": steps, **guidance_call(pipe, DEFAULT_MODEL)}
+    preset = preset_of(DEFAULT_MODEL)
+    calibration = None if preset.calibration is None else Calibration.load(preset.calibration)
     every_prompt = [prompt for prompt in prompts for _ in SEEDS]
     every_seed = [seed + s for _ in prompts for s in SEEDS]
 
@@ -68,7 +70,7 @@ def demo(
         names = [f"{p}, seed {s}" for p, s in zip(every_prompt, every_seed, strict=True)]
         plain.decoded = space.encode(plain.images)
         protected.add(plain.decoded, names, radius)
-        return Spell(protected, radius, overcompensation, batch=False)
+        return Spell(protected, radius, overcompensation, batch=False, calibration=calibration, **PROTECTION)
 
     folder = RunFolder(out)
     protection = make_pair(

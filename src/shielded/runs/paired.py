@@ -10,7 +10,7 @@ from shielded.evaluation.encoder import encoder_of
 from shielded.generation import Generated, distributed, generate
 from shielded.generation.repair import OnLeak, check_on_leak
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, VARIETY, VARIETY_RADIUS, call_options, load, preset_of
+from shielded.models import DEFAULT_MODEL, PROTECTION, VARIETY, VARIETY_RADIUS, call_options, load, preset_of
 from shielded.protected import ProtectedSet
 from shielded.runs.certified import certified_rows, scored_sides
 from shielded.runs.folder import RunFolder
@@ -35,14 +35,17 @@ def run(
     on_leak: OnLeak = "restart",
     attempts: int = 3,
     guidance: float | None = None,
-    radius_schedule: Literal["constant", "posterior"] = "constant",
+    radius_schedule: Literal["constant", "posterior"] | None = None,
     calibration: Path | None = None,
     show_protected: bool = False,
     window_end: float | None = None,
+    release: float | None = None,
+    margin: float | None = None,
 ) -> dict[str, Any] | None:
     """Generate n images of one prompt that keep away from a protected set or, without one, from each other.
 
-    Without a set and a `window_end`, take the settings that cost least in quality (`shielded.models.VARIETY`).
+    With a set, take the settings of `shielded.models.PROTECTION`; without a set and a `window_end`, those that cost
+    least in quality (`shielded.models.VARIETY`). Options that are given replace theirs.
 
     Writes the images with their certificates and an audit log, `grid.png`, `trace.csv`, `report.html` and `report.json`
     to the folder `out`. Arguments are those of the command line (`shielded generate --help`). The processes of
@@ -60,14 +63,16 @@ def run(
     protected = None if protect is None else ProtectedSet.open(protect)
     for_variety = protected is None and window_end is None
     push: dict[str, Any] = dict(VARIETY) if for_variety else {"window": (1.0, window_end or 0.0)}
-    if overcompensation is not None:
-        push["overcompensation"] = overcompensation
+    if protected is not None:
+        push |= PROTECTION
+    given = {"overcompensation": overcompensation, "release": release, "margin": margin}
+    push |= {name: value for name, value in given.items() if value is not None}
     if protected is not None:
         protected.require_space(space)  # before anything is sampled or written
     else:
         per_root_dim = VARIETY_RADIUS if for_variety else preset_of(model).radius
         radius, on_leak = radius or per_root_dim * space.dim**0.5, "report"
-    if radius_schedule == "posterior" and calibration is None:
+    if calibration is None and (radius_schedule == "posterior" or (radius_schedule is None and protected is not None)):
         calibration = preset_of(model).calibration
     error = None if calibration is None else Calibration.load(calibration)
     spell = Spell(
@@ -228,6 +233,9 @@ def settings_of(
         "batch": spell.batch,
         "window": list(spell.window),
         "radius_schedule": spell.radius_schedule,
+        "release": spell.release,
+        "release_scale": spell.release_scale,
+        "margin": spell.margin,
         "on_leak": on_leak,
         "attempts": attempts,
         **options,
@@ -247,7 +255,10 @@ def spell_arguments(
     call: dict[str, Any] = {} if protected is None else {"protected": str(protected)}
     call |= {"radius": spell.radius, "overcompensation": spell.overcompensation, "batch": spell.batch}
     call |= {"window": spell.window} if spell.window != (1.0, 0.0) else {}
-    call |= {"radius_schedule": spell.radius_schedule} if spell.radius_schedule != "constant" else {}
+    call |= {"radius_schedule": spell.radius_schedule} if spell.radius_schedule is not None else {}
+    call |= {"release": spell.release} if spell.release != 0.5 else {}
+    call |= {"release_scale": spell.release_scale} if spell.release_scale != 1 else {}
+    call |= {"margin": spell.margin} if spell.margin else {}
     call |= {"calibration": str(calibration)} if calibration is not None else {}
     return call
 

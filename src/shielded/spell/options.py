@@ -13,11 +13,12 @@ from shielded.spell.static import require_radii
 def check_options(
     overcompensation: float,
     overlap: str,
-    radius_schedule: str,
+    radius_schedule: str | None,
     nearest: int | None,
     window: tuple[float, float],
     release: float | None,
     release_scale: float,
+    margin: float,
 ) -> None:
     """Refuse options of a Spell that are out of range.
 
@@ -28,8 +29,8 @@ def check_options(
         raise ValueError(f"overcompensation must be positive and finite, not {overcompensation}.")
     if overlap not in ("sum", "project"):
         raise ValueError(f"overlap={overlap!r} is not known; use 'sum' or 'project'.")
-    if radius_schedule not in ("constant", "posterior"):
-        raise ValueError(f"radius_schedule={radius_schedule!r} is not known; use 'constant' or 'posterior'.")
+    if radius_schedule not in (None, "constant", "posterior"):
+        raise ValueError(f"radius_schedule={radius_schedule!r} is not known; use 'constant', 'posterior' or None.")
     if nearest is not None and nearest < 1:
         raise ValueError(f"nearest must be at least 1, not {nearest}; None means all protected references.")
     start, end = window
@@ -39,6 +40,8 @@ def check_options(
         raise ValueError(f"release must be a noise level from 0 to 1, not {release}; None never lets guidance go.")
     if not 1 <= release_scale < float("inf"):
         raise ValueError(f"release_scale must be a guidance scale of at least 1, not {release_scale}.")
+    if not 0 <= margin < float("inf"):
+        raise ValueError(f"margin must be a share of the radius, 0 or more, not {margin}.")
 
 
 def checked_radius(

@@ -51,16 +51,20 @@ class Spell:
             sampler and any number of steps. Rectified-flow models call this number the time, so (1.0, 0.6) means the
             same for all models.
         radius_schedule: "constant", or "posterior": r_t² = r² − tr Cov(X_0|x_t), small while x0 is a blurred mean.
-            See `shielded.spell.posterior`.
+            See `shielded.spell.posterior`. None: "posterior" for protected references, so that early, blurred x0 are
+            left alone, and "constant" for batch and history. With a mask, or in a call without a noise level, None is
+            "constant" for all.
         groups: (B,) ids; batch references repel only within a group.
         mask: broadcasts to *S, non-zero where the image is generated (inpainting). Distance and push are restricted to
             that part.
         calibration: measured energy and denoising error of a model, for the posterior radius. None: estimated from the
             protected references.
-        release: noise level down to which guidance is let go, such as 0.5: above it, an image whose guided x0 lies in
-            an active shield takes the prediction at `release_scale`. Under guidance x0 is drawn back to one picture,
-            and the push has to go across what the decoder sees. None: never.
+        release: noise level down to which guidance is let go: above it, an image whose guided x0 lies in an active
+            shield takes the prediction at `release_scale`. Under guidance x0 is drawn back to one picture, and the push
+            has to go across what the decoder sees. None: never, as in the paper.
         release_scale: the guidance scale that such an image then has; 1 is none.
+        margin: share of the radius by which the shields of protected references are wider than what is to be kept, so
+            that a picture is still outside after decoding. Certificates measure the radius without it.
 
     Attributes:
         guidance: after a run, how the pipeline's guidance was released ("batched", "separate", "embedded"), or why it
@@ -84,22 +88,20 @@ class Spell:
         nearest: int | None = None,
         overlap: Overlap = "project",
         window: tuple[float, float] = (1.0, 0.0),
-        radius_schedule: Literal["constant", "posterior"] = "constant",
+        radius_schedule: Literal["constant", "posterior"] | None = None,
         groups: Tensor | None = None,
         mask: Tensor | None = None,
         calibration: Calibration | None = None,
-        release: float | None = None,
+        release: float | None = 0.5,
         release_scale: float = 1.0,
+        margin: float = 0.0,
     ) -> None:
         radius = checked_radius(protected, radius, batch, history)
-        check_options(overcompensation, overlap, radius_schedule, nearest, window, release, release_scale)
-        if radius_schedule == "posterior":
-            if mask is not None:
-                raise ValueError("radius_schedule='posterior' does not work with a mask: energies are of whole images.")
-            if calibration is None:
-                if protected is None:
-                    raise ValueError("radius_schedule='posterior' without a protected set needs calibration=...")
-                calibration = Calibration(energy=energy_of(protected))
+        check_options(overcompensation, overlap, radius_schedule, nearest, window, release, release_scale, margin)
+        if radius_schedule == "posterior" and mask is not None:
+            raise ValueError("radius_schedule='posterior' does not work with a mask: energies are of whole images.")
+        if radius_schedule == "posterior" and protected is None and calibration is None:
+            raise ValueError("radius_schedule='posterior' without a protected set needs calibration=...")
         self.protected = protected
         self.radius = radius
         self.overcompensation = overcompensation
@@ -113,6 +115,7 @@ class Spell:
         self.calibration = calibration
         self.release = release
         self.release_scale = release_scale
+        self.margin = margin
         self.guidance: str | None = None
         self.history = history_of(history)
         self.finished: Tensor | None = None
@@ -215,11 +218,10 @@ class Spell:
             active.inside_window = False
             return active
         active.references = self._static.at(x0)
-        posterior = self.radius_schedule == "posterior" and self._counted is None  # energies are of whole images
-        if posterior and self.calibration is not None and level is not None and not last:
-            active.shrink = self.calibration.posterior_variance(x.square().sum(dim=1), level)
+        if level is not None and not last:
+            active.shrink = self._posterior_variance(x, level)
         scan = None if active.references is None else active.references.scan(x, active.shrink)
-        active.batch = self._batch_shields(x, active.shrink)
+        active.batch = self._batch_shields(x, active.shrink if self.radius_schedule == "posterior" else None)
         close = active.close = None if active.batch is None else active.batch.active(x)
         # One flag for all: reading it is the only thing that the host waits for in a step without an active shield.
         flags = [~active.finite, *([scan.some] if scan else []), *([close.any()] if close is not None else [])]
@@ -412,7 +414,15 @@ class Spell:
     # Parts --------------------------------------------------------------------------------------------------------
 
     def _references(self, mask: Tensor | None) -> StaticReferences:
-        return StaticReferences(self.protected, self.history, self.radius, self.nearest, mask)
+        return StaticReferences(self.protected, self.history, self.radius, self.nearest, mask, self.margin, self.radius_schedule is None)
+
+    def _posterior_variance(self, x: Tensor, level: float) -> Tensor | None:
+        """Estimate tr Cov(X_0|x_t) (B,), by which squared radii shrink; None where they are constant."""
+        if self.radius_schedule == "constant" or self._counted is not None:
+            return None
+        if self.calibration is None and self.protected is not None:
+            self.calibration = Calibration(energy=energy_of(self.protected))
+        return None if self.calibration is None else self.calibration.posterior_variance(x.square().sum(dim=1), level)
 
     def _batch_shields(self, x: Tensor, shrink: Tensor | None) -> BatchShields | None:
         """The shields that the images of the batch are to each other; None if they do not repel."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shielded.core.references import Joined, References, TensorReferences
+from shielded.core.references import Joined, References, Scan, TensorReferences
 from shielded.protected import ProtectedSet
 from shielded.protected.references import SetReferences
 from shielded.spell.history import History
@@ -23,6 +23,8 @@ class StaticReferences:
         radius: L2, one number, or (K,) for protected references; None: the protected set's own radii.
         nearest: only so many protected references of each image, the nearest ones; None: all.
         mask: restricts distances to a part of the latents (`shielded.spell.mask`); None: all of it.
+        margin: share of the radius by which the shields of protected references are wider.
+        constant_history: whether the history keeps its full radius at every noise level.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class StaticReferences:
         radius: float | Tensor | None,
         nearest: int | None,
         mask: Tensor | None,
+        margin: float = 0.0,
+        constant_history: bool = False,
     ) -> None:
         self._protected, self._history, self._radius, self._nearest = protected, history, radius, nearest
-        self._mask = mask
+        self._mask, self._margin, self._constant_history = mask, margin, constant_history
         self._cached: tuple[tuple[Any, ...], References | None] | None = None
 
     def at(self, x0: Tensor) -> References | None:
@@ -63,7 +67,8 @@ class StaticReferences:
         if self._history is not None and len(self._history):
             assert self._radius is not None  # Spell requires one for a history
             latents = _fitting(self._history.latents, x0, "remembered images")
-            parts.append(TensorReferences(flatten(latents, self._mask), self._radius))
+            references = TensorReferences(flatten(latents, self._mask), self._radius)
+            parts.append(ConstantRadius(references) if self._constant_history else references)
             sizes.append(len(latents))
         return Joined(parts, sizes) if len(parts) > 1 else parts[0] if parts else None
 
@@ -71,7 +76,7 @@ class StaticReferences:
         if isinstance(protected, Tensor):
             assert self._radius is not None  # Spell requires one for a tensor
             vectors = flatten(_fitting(protected, x0, "protected references"), self._mask)
-            return TensorReferences(vectors, self._radius, self._nearest)
+            return TensorReferences(vectors, (1 + self._margin) * self._radius, self._nearest)
         if tuple(protected.space.shape) != tuple(x0.shape[1:]):
             raise ValueError(
                 f"the protected set holds latents of shape {tuple(protected.space.shape)}, the sampler works on "
@@ -79,10 +84,27 @@ class StaticReferences:
             )
         radius = protected.radii if self._radius is None else self._radius
         require_radii(radius)
+        radius = (1 + self._margin) * radius
         if self._mask is None:
             return SetReferences(protected, radius, x0.device, self._nearest)
         vectors = protected.vectors(torch.arange(len(protected)))
         return TensorReferences(flatten(vectors.to(x0.device), self._mask), radius, self._nearest)
+
+
+class ConstantRadius:
+    """References that keep their full radius while that of others shrinks.
+
+    Args:
+        references: what is searched.
+    """
+
+    def __init__(self, references: References) -> None:
+        self._references = references
+        self.vectors = references.vectors
+
+    def scan(self, x0: Tensor, shrink: Tensor | None = None) -> Scan:
+        """Search for the active shields of x0 (B, D); `shrink` is not used."""
+        return self._references.scan(x0)
 
 
 def require_radii(radius: float | Tensor) -> None:

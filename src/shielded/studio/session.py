@@ -17,6 +17,7 @@ from torch import Tensor
 from shielded.files import file_sha256, replacing, sha256
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.latent_space.pixels import clip_to_pixels
+from shielded.models import PROTECTION
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import make_pair, spell_arguments
@@ -200,6 +201,7 @@ class Session:
             batch=settings.apart and settings.n > 1,
             history=self.history if settings.remember else False,
             window=(1.0, settings.window_end),
+            **(PROTECTION if protect else {}),
         )
         # A window that closes early is for variety; images that re-enter a shield then are shown, not repaired.
         on_leak = "restart" if protect and settings.window_end == 0 else "report"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from shielded.evaluation.baselines.cads import CADS
-from shielded.evaluation.baselines.interval import IntervalGuidance
+from shielded.evaluation.baselines.interval import IntervalGuidance, WithInterval
 from shielded.evaluation.baselines.noise import FarthestNoise
 from shielded.evaluation.baselines.particle import ParticleGuidance
 from shielded.evaluation.baselines.plain import Plain
@@ -37,12 +37,13 @@ __all__ = [
 ]
 
 
-def method(name: str, strength: float = 0.0, **options: Any) -> Any:
+def method(name: str, strength: float = 0.0, interval: float = 0.0, **options: Any) -> Any:
     """Return a method by name, ready for `attach(pipe)`; after a run its `finished` holds the final latents.
 
     Args:
         name: a key of `METHODS`.
         strength: see the docstring of the method's class; for "spell" the radius. 0 changes nothing.
+        interval: strength of Interval Guidance on top; 0: none.
         **options: further arguments of the method's class.
 
     Raises:
@@ -53,5 +54,7 @@ def method(name: str, strength: float = 0.0, **options: Any) -> Any:
     if not 0 <= strength < float("inf"):
         raise ValueError(f"the strength of {name!r} must be 0 or more and finite, not {strength}.")
     if name == "plain" or strength == 0:
-        return Plain()
-    return Spell(radius=strength, **options) if name == "spell" else METHODS[name](strength, **options)
+        found = Plain()
+    else:
+        found = Spell(radius=strength, **options) if name == "spell" else METHODS[name](strength, **options)
+    return WithInterval(found, interval) if interval else found

@@ -54,3 +54,25 @@ class IntervalGuidance(Plain):
             yield
         finally:
             handle.remove()
+
+
+class WithInterval:
+    """Another method, with the guidance limited to an interval as well.
+
+    Args:
+        method: with an `attach`.
+        strength: of `IntervalGuidance`.
+    """
+
+    def __init__(self, method: Any, strength: float) -> None:
+        self.method = method
+        self.guidance = IntervalGuidance(strength)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    @contextmanager
+    def attach(self, pipe: Any) -> Iterator[WithInterval]:
+        """Act on every call of `pipe` until the context is left; see `Plain.attach`."""
+        with self.guidance.hooks(pipe), self.method.attach(pipe):
+            yield self

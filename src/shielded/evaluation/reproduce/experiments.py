@@ -15,12 +15,15 @@ from shielded.evaluation.reproduce.measures import SettingMetrics, front, hyperv
 from shielded.evaluation.reproduce.reference import ReferenceImages
 from shielded.evaluation.reproduce.study import Cell, Setting, Study
 from shielded.latent_space import LatentSpace
-from shielded.models import VARIETY, VARIETY_RADIUS, preset_of
+from shielded.models import PROTECTION, VARIETY, VARIETY_RADIUS, preset_of
 
 PLAIN = Setting("plain")
 LEVELS = tuple((round(1 - i / 10, 1), round(0.9 - i / 10, 1)) for i in range(10))
 PAIRS = {"recall": "precision", "coverage": "density", "vendi": "caption"}  # x axis: y axis of the trade-off plots
 WORST_CAPTION = 0.9  # share of the plain caption score; points below it add no area, however diverse they are
+
+
+_PAPER = {"overlap": "sum", "overcompensation": 1.6, "radius_schedule": "constant", "release": None}
 
 
 def spell_setting(label: str, radius: float, **options: Any) -> Setting:
@@ -29,8 +32,8 @@ def spell_setting(label: str, radius: float, **options: Any) -> Setting:
 
 
 def paper_setting(radius: float) -> Setting:
-    """Return the formula as published: the sum, λ = 1.6, at all noise levels."""
-    return spell_setting("SPELL, the paper's sum", radius, overlap="sum", overcompensation=1.6)
+    """Return the formula as published: the sum, λ = 1.6, the full radius at all noise levels, guidance kept."""
+    return spell_setting("SPELL, the paper's sum", radius, **_PAPER)
 
 
 def variety_setting(radius: float) -> Setting:
@@ -177,10 +180,10 @@ def shielding(study: Study, reference: ReferenceImages, radius: float | None = N
     radius = found.quantile(0.1).item() if radius is None else radius
     settings = [
         PLAIN,
-        spell_setting("SPELL-1, the paper's sum", radius, overlap="sum", nearest=1),
-        spell_setting("SPELL-10, the paper's sum", radius, overlap="sum", nearest=10),
-        spell_setting("SPELL, all references (defaults)", radius),
-        spell_setting("SPELL, all references, posterior radius", radius, radius_schedule="posterior"),
+        spell_setting("SPELL-1, the paper's sum", radius, **_PAPER, nearest=1),
+        spell_setting("SPELL-10, the paper's sum", radius, **_PAPER, nearest=10),
+        spell_setting("SPELL, guidance kept", radius, radius_schedule="constant", release=None),
+        spell_setting("SPELL, protecting (default of generate)", radius, **PROTECTION),
     ]
     features, rows = reference.features(), []
     for setting, cells in study.cells(settings, protected):

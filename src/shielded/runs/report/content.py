@@ -114,6 +114,12 @@ def _sampling(trace: Sequence[Mapping]) -> dict[str, object]:
     elif active:
         share = sum(a > 0 for a in active) / len(active)
         text += f" In this run a shield was active in {share:.0%} of all predictions."
+    released = {row["image"] for row in trace if row.get("released")}
+    if released:
+        text += (
+            f" For {counted(len(released), 'image')} guidance was let go while they were inside, so that they "
+            "could become other pictures."
+        )
     return {"text": text, "plot": Markup(plot)}
 
 

@@ -65,7 +65,7 @@ def trace_plot(trace: Sequence[Mapping]) -> str:
 
     Args:
         trace: one row per step and image with the keys `noise_level` (1 at the start, 0 at the end), `active`,
-            `push` and `score_ratio`. Lines are means over the images, bands go from the least to the most.
+            `push`, `score_ratio` and `released`. Lines are means over the images, bands go from the least to the most.
 
     Returns:
         An inline SVG that takes the width of its container, styled by the page; "" if there is nothing to show.
@@ -74,8 +74,11 @@ def trace_plot(trace: Sequence[Mapping]) -> str:
         ("active", "Active shields per image"),
         ("push", "Length of the push (latent L2)"),
         ("score_ratio", "Push as a share of the model's score"),
+        ("released", "Share of the images whose guidance was let go"),
     ]
     panels = [(label, points) for key, label in quantities if (points := _aggregate(trace, key))]
+    if not any(row.get("released") for row in trace):
+        panels = [(label, points) for label, points in panels if label != quantities[-1][1]]
     if not panels:
         return ""
     marks = [_panel(label, points, 166 * i) for i, (label, points) in enumerate(panels)]
