@@ -188,7 +188,7 @@ def generate_owls(target, out, *options):
 
 def test_refused_images_are_listed_and_not_written(protected, tmp_path):
     _, target, _ = protected
-    result = generate_owls(target, tmp_path, "--on-leak", "refuse")
+    result = generate_owls(target, tmp_path, "--on-leak", "refuse", "--margin", "0", "--release", "1")
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["refused"]) == 2
     assert "inside the radius 8" in report["refused"][0]["reason"]
@@ -239,24 +239,25 @@ def test_what_is_not_there_is_bad_usage(arguments, message, tmp_path, monkeypatc
 
 def test_generate_without_a_set_says_how_far_apart_the_images_are(tmp_path):
     arguments = ["generate", "red heart", "-n", "2", "--steps", "4", "--overwrite", "--out", str(tmp_path / "out")]
-    result = runner.invoke(app, [*arguments, "--window-end", "0"])
+    result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["min_pair_distance_with"] >= report["radius"] > report["min_pair_distance_without"]
-    assert f"{report['min_pair_distance_with']:.2f} with; the radius is 25.60" in result.stdout
+    assert f"{report['min_pair_distance_with']:.2f} with; the radius is 8.00" in result.stdout
     assert "Vendi score" in result.stdout
     assert "most alike" in (tmp_path / "out" / "report.html").read_text()
     again = runner.invoke(app, [*arguments, "--radius", "0.1"])
     assert "SPELL changed nothing" in again.stdout
 
 
-def test_generate_without_a_set_pushes_early_unless_told_otherwise(tmp_path):
-    result = runner.invoke(app, ["generate", "cat face", "-n", "2", "--steps", "4", "--out", str(tmp_path / "out")])
+def test_generate_pushes_early_alone_where_it_is_told_so(tmp_path):
+    options = ["-n", "2", "--steps", "4", "--radius", "44", "--window-end", "0.85", "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, ["generate", "cat face", *options])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["window"], report["radius"]) == ([1.0, 0.85], 44.0)
     assert report["min_pair_distance_with"] > report["min_pair_distance_without"]
-    assert "--window-end 0 keeps the radius to the end" in result.stdout
+    assert "may come closer than the radius later" in result.stdout
     trace = list(csv.DictReader((tmp_path / "out" / "trace.csv").open()))
     levels = {float(row["noise_level"]) for row in trace if float(row["push"]) > 0}
     assert levels

@@ -48,23 +48,23 @@ def generate(
     ] = None,
     overcompensation: PresetOvercompensation = None,
     window_end: Annotated[
-        float | None,
-        typer.Option(metavar="T", min=0, max=0.99, help="Push above noise level T; default 0, without a set 0.85."),
-    ] = None,
+        float,
+        typer.Option(metavar="T", min=0, max=0.99, help="Push above noise level T alone; 0: to the end."),
+    ] = 0.0,
     radius_schedule: Annotated[
         Literal["constant", "posterior"] | None,
-        typer.Option(metavar="HOW", help="constant, or posterior (less while x0 is blurred; default for a set)."),
+        typer.Option(metavar="HOW", help="constant, or posterior: smaller while x0 is blurred.", hidden=True),
     ] = None,
     release: Annotated[
         float | None,
-        typer.Option(metavar="T", min=0, max=1, help="Let guidance go in shields above noise level T; 1: never."),
+        typer.Option(metavar="T", min=0, max=1, help="In a shield, drop guidance above noise level T; 1: never."),
     ] = None,
     margin: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0, help="Share of the radius to keep beyond it; default with a set: 0.25."),
+        typer.Option(metavar="X", min=0, help="Share of the radius that shields are wider."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Denoising error for posterior, from calibrate.")
+        Path | None, typer.Option(metavar="FILE", help="Denoising error for posterior, from calibrate.", hidden=True)
     ] = None,
     on_leak: OnLeak = "restart",
     attempts: Attempts = 3,
@@ -141,8 +141,7 @@ def _summary(report: dict[str, Any], out: Path) -> str:
         lines.append(f"{what}: {number(distances[0])} without, {number(distances[1])} with{radius}.")
     if not protect and report["window"][1] > 0:
         lines.append(
-            f"Pushed at noise levels above {report['window'][1]:g} alone, for the sake of quality; a larger --radius "
-            "does more, --window-end 0 keeps the radius to the end."
+            f"Pushed at noise levels above {report['window'][1]:g} alone, so images may come closer than the radius later."
         )
     if not report["corrected"]:
         lines.append("No image came closer than that to anything, so SPELL changed nothing; a larger --radius acts.")

@@ -68,7 +68,7 @@ Strength = Annotated[
 ]
 PresetOvercompensation = Annotated[
     float | None,
-    typer.Option("--overcompensation", metavar="X", help="Factor λ; default: 1.6, without a set 5.", callback=positive),
+    typer.Option("--overcompensation", metavar="X", help="Factor λ of the correction; default: the job's.", callback=positive),
 ]
 OnLeak = Annotated[
     Literal["restart", "push", "refuse", "report"],

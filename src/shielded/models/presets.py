@@ -13,12 +13,12 @@ EMOJI = Path(__file__).parent / "emoji"
 
 # Protection: wider shields while sampling, so that a picture stays outside when it is decoded, and guidance let go down
 # to a low noise level, so that it becomes another picture. Measured on the embedded model (docs/method.md).
-PROTECTION = {"margin": 0.25, "release": 0.3}
+PROTECTION = {"margin": 0.25, "release": 0.2, "overcompensation": 2.5}
 
-# Variety at the least cost in quality: `Spell(radius=VARIETY_RADIUS * dim**0.5, **VARIETY)` pushes hard, but only while
-# x0 is still a blurred mean. Measured on the embedded model (docs/reproduction.md). It keeps no distance to the end.
-VARIETY = {"window": (1.0, 0.85), "overcompensation": 5.0}
-VARIETY_RADIUS = 1.375  # per √dim
+# Variety: `Spell(radius=VARIETY_RADIUS * dim**0.5, **VARIETY)` keeps a small distance to the end, and lets guidance go
+# for as long as images of one prompt coincide. Measured on the embedded model (docs/decisions.md).
+VARIETY = {"release": 0.2}
+VARIETY_RADIUS = 0.25  # per √dim
 
 PAPER = "paper: 200 for latents of 16×64×64"
 UNTESTED = "untested on real weights; the paper's for sd3"

@@ -38,14 +38,14 @@ def run(
     radius_schedule: Literal["constant", "posterior"] | None = None,
     calibration: Path | None = None,
     show_protected: bool = False,
-    window_end: float | None = None,
+    window_end: float = 0.0,
     release: float | None = None,
     margin: float | None = None,
 ) -> dict[str, Any] | None:
     """Generate n images of one prompt that keep away from a protected set or, without one, from each other.
 
-    With a set, take the settings of `shielded.models.PROTECTION`; without a set and a `window_end`, those that cost
-    least in quality (`shielded.models.VARIETY`). Options that are given replace theirs.
+    With a set, take the settings of `shielded.models.PROTECTION`; without one those of `VARIETY`. Options that are given
+    replace theirs.
 
     Writes the images with their certificates and an audit log, `grid.png`, `trace.csv`, `report.html` and `report.json`
     to the folder `out`. Arguments are those of the command line (`shielded generate --help`). The processes of
@@ -61,17 +61,14 @@ def run(
     pipe = load(model, device if joined is None else str(joined))
     space = LatentSpace.of(pipe)
     protected = None if protect is None else ProtectedSet.open(protect)
-    for_variety = protected is None and window_end is None
-    push: dict[str, Any] = dict(VARIETY) if for_variety else {"window": (1.0, window_end or 0.0)}
-    if protected is not None:
-        push |= PROTECTION
+    push: dict[str, Any] = dict(VARIETY if protected is None else PROTECTION)
     given = {"overcompensation": overcompensation, "release": release, "margin": margin}
+    push["window"] = (1.0, window_end)
     push |= {name: value for name, value in given.items() if value is not None}
     if protected is not None:
         protected.require_space(space)  # before anything is sampled or written
     else:
-        per_root_dim = VARIETY_RADIUS if for_variety else preset_of(model).radius
-        radius, on_leak = radius or per_root_dim * space.dim**0.5, "report"
+        radius, on_leak = radius or VARIETY_RADIUS * space.dim**0.5, "report"
     if calibration is None and (radius_schedule == "posterior" or (radius_schedule is None and protected is not None)):
         calibration = preset_of(model).calibration
     error = None if calibration is None else Calibration.load(calibration)

@@ -6,6 +6,7 @@ Kirchhof et al., "Shielded Diffusion: Generating Novel and Diverse Images using 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from shielded.models import PROTECTION, VARIETY, VARIETY_RADIUS, preset_of
 PLAIN = Setting("plain")
 LEVELS = tuple((round(1 - i / 10, 1), round(0.9 - i / 10, 1)) for i in range(10))
 PAIRS = {"recall": "precision", "coverage": "density", "vendi": "caption"}  # x axis: y axis of the trade-off plots
+INTERVAL = 0.6  # strength of Interval Guidance that other methods are combined with
 WORST_CAPTION = 0.9  # share of the plain caption score; points below it add no area, however diverse they are
 
 
@@ -54,7 +56,7 @@ def radii(study: Study, radius: float | None = None) -> tuple[float, float]:
 
 # Settings swept by `tradeoff`, by method; radii are multiples of those that `radii` returns.
 SWEEPS: dict[str, Callable[[float, float], list[Setting]]] = {
-    "spell": lambda _, r: [variety_setting(round(f * r, 3)) for f in (0.4, 0.6, 0.8, 1, 1.25, 1.5)],
+    "spell": lambda _, r: [variety_setting(round(f * r, 3)) for f in (0.5, 0.75, 1, 1.25, 1.5, 2)],
     "spell-paper": lambda r, _: [paper_setting(round(f * r, 3)) for f in (0.2, 0.3, 0.4, 0.6, 1)],
     "particle": lambda *_: [Setting("Particle Guidance", "particle", s) for s in (5.0, 10.0, 20.0, 40.0, 80.0)],
     "cads": lambda *_: [Setting("CADS", "cads", s) for s in (0.5, 1.0, 2.0, 4.0, 8.0)],
@@ -62,6 +64,25 @@ SWEEPS: dict[str, Callable[[float, float], list[Setting]]] = {
     "sgf": lambda *_: [Setting("SGF kernel, early", "sgf", s) for s in (4.0, 8.0, 16.0, 32.0, 64.0)],
     "noise": lambda *_: [Setting("farthest initial noise", "noise", s) for s in (1.0, 3.0, 15.0)],
 }
+
+
+def _with_interval(sweep: Callable[[float, float], list[Setting]]) -> Callable[[float, float], list[Setting]]:
+    def limited(formula: float, ours: float) -> list[Setting]:
+        return [
+            replace(s, label=f"{s.label}, with Interval Guidance", options={**s.options, "interval": INTERVAL})
+            for s in sweep(formula, ours)
+        ]
+
+    return limited
+
+
+# Every method may limit the guidance as well, so that none wins by that alone. Ours then limits it for all images
+# instead of releasing it for those that collide.
+SWEEPS |= {f"{name}-interval": _with_interval(sweep) for name, sweep in list(SWEEPS.items()) if name != "interval"}
+SWEEPS["spell-interval"] = lambda _, r: [
+    spell_setting("SPELL, with Interval Guidance", round(f * r, 3), release=None, interval=INTERVAL)
+    for f in (0.5, 0.75, 1, 1.25, 1.5, 2)
+]
 
 
 def diversity(study: Study, reference: ReferenceImages, radius: float | None = None) -> dict[str, Any]:
