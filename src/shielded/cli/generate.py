@@ -141,7 +141,8 @@ def _summary(report: dict[str, Any], out: Path) -> str:
         lines.append(f"{what}: {number(distances[0])} without, {number(distances[1])} with{radius}.")
     if not protect and report["window"][1] > 0:
         lines.append(
-            f"Pushed at noise levels above {report['window'][1]:g} alone, so images may come closer than the radius later."
+            f"Pushed at noise levels above {report['window'][1]:g} alone, so images may come closer than the radius "
+            "later."
         )
     if not report["corrected"]:
         lines.append("No image came closer than that to anything, so SPELL changed nothing; a larger --radius acts.")

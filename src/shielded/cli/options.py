@@ -63,12 +63,11 @@ Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Number of sampling
 PresetSteps = Annotated[
     int | None, typer.Option("--steps", metavar="N", min=1, help="Sampling steps; default: the model's, else 25.")
 ]
-Strength = Annotated[
-    float, typer.Option("--overcompensation", metavar="X", help="Factor λ of the correction.", callback=positive)
-]
 PresetOvercompensation = Annotated[
     float | None,
-    typer.Option("--overcompensation", metavar="X", help="Factor λ of the correction; default: the job's.", callback=positive),
+    typer.Option(
+        "--overcompensation", metavar="X", help="Factor λ of the correction; default: the job's.", callback=positive
+    ),
 ]
 OnLeak = Annotated[
     Literal["restart", "push", "refuse", "report"],

@@ -8,7 +8,7 @@ from typing import Any, cast
 from shielded.generation import Generated
 from shielded.generation.repair import OnLeak
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, PROTECTION, guidance_call, load, preset_of
+from shielded.models import DEFAULT_MODEL, PROTECTION, VARIETY, guidance_call, load, preset_of
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import make_pair, spell_arguments
@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2, 3)
 DIVERSITY_PROMPT = "red heart"
 DIVERSITY_SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
 RADIUS = 8.0  # of the shields around protected pictures; the latents have norm 33
-DIVERSITY_RADIUS = 26.0  # between the images of one prompt
+DIVERSITY_RADIUS = 12.0  # between the images of one prompt
 
 
 def demo(
@@ -32,7 +32,7 @@ def demo(
     steps: int = 25,
     radius: float = RADIUS,
     diversity_radius: float = DIVERSITY_RADIUS,
-    overcompensation: float = 1.6,
+    overcompensation: float | None = None,
     device: str | None = None,
     progress: bool = True,
     on_leak: OnLeak = "restart",
@@ -50,7 +50,7 @@ def demo(
         steps: of the sampler.
         radius: of the shields in part one.
         diversity_radius: distance that the images of part two keep from each other.
-        overcompensation: λ.
+        overcompensation: λ; None: that of `PROTECTION` and of `Spell`.
         device: None: CUDA if there is one.
         progress: whether progress bars are shown.
         on_leak: what to do with an image that still lies inside a shield; see `generate`.
@@ -61,6 +61,7 @@ def demo(
     space = LatentSpace.of(pipe)
     options: dict[str, Any] = {"steps": steps, **guidance_call(pipe, DEFAULT_MODEL)}
     preset = preset_of(DEFAULT_MODEL)
+    given = {} if overcompensation is None else {"overcompensation": overcompensation}
     calibration = None if preset.calibration is None else Calibration.load(preset.calibration)
     every_prompt = [prompt for prompt in prompts for _ in SEEDS]
     every_seed = [seed + s for _ in prompts for s in SEEDS]
@@ -70,7 +71,7 @@ def demo(
         names = [f"{p}, seed {s}" for p, s in zip(every_prompt, every_seed, strict=True)]
         plain.decoded = space.encode(plain.images)
         protected.add(plain.decoded, names, radius)
-        return Spell(protected, radius, overcompensation, batch=False, calibration=calibration, **PROTECTION)
+        return Spell(protected, radius, batch=False, calibration=calibration, **{**PROTECTION, **given})
 
     folder = RunFolder(out)
     protection = make_pair(
@@ -93,7 +94,7 @@ def demo(
         pipe,
         [DIVERSITY_PROMPT] * len(DIVERSITY_SEEDS),
         [seed + s for s in DIVERSITY_SEEDS],
-        Spell(radius=diversity_radius, overcompensation=overcompensation),
+        Spell(radius=diversity_radius, **{**VARIETY, **given}),
         model=DEFAULT_MODEL,
         options=options,
         labels=("one prompt, without SPELL", "one prompt, with SPELL"),

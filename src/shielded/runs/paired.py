@@ -44,8 +44,8 @@ def run(
 ) -> dict[str, Any] | None:
     """Generate n images of one prompt that keep away from a protected set or, without one, from each other.
 
-    With a set, take the settings of `shielded.models.PROTECTION`; without one those of `VARIETY`. Options that are given
-    replace theirs.
+    With a set, take the settings of `shielded.models.PROTECTION`; without one those of `VARIETY`. Options that are
+    given replace theirs.
 
     Writes the images with their certificates and an audit log, `grid.png`, `trace.csv`, `report.html` and `report.json`
     to the folder `out`. Arguments are those of the command line (`shielded generate --help`). The processes of

@@ -414,7 +414,10 @@ class Spell:
     # Parts --------------------------------------------------------------------------------------------------------
 
     def _references(self, mask: Tensor | None) -> StaticReferences:
-        return StaticReferences(self.protected, self.history, self.radius, self.nearest, mask, self.margin, self.radius_schedule is None)
+        constant_history = self.radius_schedule is None
+        return StaticReferences(
+            self.protected, self.history, self.radius, self.nearest, mask, self.margin, constant_history
+        )
 
     def _posterior_variance(self, x: Tensor, level: float) -> Tensor | None:
         """Estimate tr Cov(X_0|x_t) (B,), by which squared radii shrink; None where they are constant."""

@@ -140,10 +140,10 @@ def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
                     memory = gr.Markdown("No earlier images.", elem_id="memory")
                     forget_all = gr.Button("Forget earlier runs", size="sm")
                 with gr.Accordion("How", open=True):
-                    radius = gr.Slider(0.1, 1.2, 0.5, step=0.01, label="Radius, per √dim")
+                    radius = gr.Slider(0.1, 1.2, 0.25, step=0.01, label="Radius, per √dim")
                     strength = gr.Slider(1.0, 2.5, 1.6, step=0.1, label="Overcompensation λ")
                     end = gr.Slider(0.0, 0.9, 0.0, step=0.05, label="Act until noise level (0: to the end)")
-                    effect_text = gr.Markdown(effect(0.5, 1.6, 0.0), elem_id="effect")
+                    effect_text = gr.Markdown(effect(0.25, 1.6, 0.0), elem_id="effect")
                     steps = gr.Slider(4, 60, preset.steps, step=1, label="Steps")
             with gr.Column(scale=2, min_width=320):
                 go = gr.Button("Generate", variant="primary")

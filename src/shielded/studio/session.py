@@ -17,7 +17,7 @@ from torch import Tensor
 from shielded.files import file_sha256, replacing, sha256
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.latent_space.pixels import clip_to_pixels
-from shielded.models import PROTECTION
+from shielded.models import PROTECTION, VARIETY
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import make_pair, spell_arguments
@@ -44,7 +44,7 @@ class Settings:
     n: int = 4
     seed: int = 0
     steps: int = 25
-    radius: float = 0.5
+    radius: float = 0.25
     overcompensation: float = 1.6
     window_end: float = 0.0
     apart: bool = True  # whether the images of a run keep the radius from each other
@@ -197,11 +197,10 @@ class Session:
         spell = Spell(
             self.protected if protect else None,
             radius,
-            settings.overcompensation,
             batch=settings.apart and settings.n > 1,
             history=self.history if settings.remember else False,
             window=(1.0, settings.window_end),
-            **(PROTECTION if protect else {}),
+            **{**(PROTECTION if protect else VARIETY), "overcompensation": settings.overcompensation},
         )
         # A window that closes early is for variety; images that re-enter a shield then are shown, not repaired.
         on_leak = "restart" if protect and settings.window_end == 0 else "report"
