@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,11 +14,11 @@ EMOJI = Path(__file__).parent / "emoji"
 
 # Protection: wider shields while sampling, so that a picture stays outside when it is decoded, and guidance let go down
 # to a low noise level, so that it becomes another picture. Measured on the embedded model (docs/method.md).
-PROTECTION = {"margin": 0.25, "release": 0.2, "overcompensation": 2.5}
+PROTECTION: dict[str, Any] = {"margin": 0.25, "release": 0.2, "overcompensation": 2.5}
 
 # Variety: `Spell(radius=VARIETY_RADIUS * dim**0.5, **VARIETY)` keeps a small distance to the end, and lets guidance go
 # for as long as images of one prompt coincide. Measured on the embedded model (docs/decisions.md).
-VARIETY = {"release": 0.2}
+VARIETY: dict[str, Any] = {"release": 0.2}
 VARIETY_RADIUS = 0.25  # per √dim
 
 PAPER = "paper: 200 for latents of 16×64×64"

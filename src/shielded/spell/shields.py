@@ -23,6 +23,31 @@ class BatchShields:
     radius: Tensor
     repels: Tensor
 
+    @classmethod
+    def of(cls, x: Tensor, radius: float, groups: Tensor | None, shrink: Tensor | None) -> BatchShields:
+        """Make the shields of a batch (B, D).
+
+        Args:
+            x: (B, D).
+            radius: L2.
+            groups: (B,) ids; only images of one group repel each other. None: all do.
+            shrink: (B,) subtracted from squared radii.
+
+        Raises:
+            ValueError: not one id per image.
+        """
+        if groups is None:
+            repels = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device)
+        elif len(groups) != len(x):
+            raise ValueError(f"groups has {len(groups)} ids, but the batch has {len(x)} images; give one id each.")
+        else:
+            groups = groups.to(x.device)
+            repels = groups[:, None] == groups[None, :]
+        squared = torch.full((len(x), len(x)), radius**2, device=x.device)
+        if shrink is not None:  # both ends of a pair are uncertain, so both variances shorten its radius
+            squared = squared - shrink[:, None] - shrink[None, :]
+        return cls(squared.clamp(min=0).sqrt(), repels)
+
     def active(self, x: Tensor, margin: float = 0.0) -> Tensor:
         """Find the pairs (B, B) of x (B, D) that are closer than their radius, less a share of it as margin."""
         return active_pairs(x, self.radius * (1 - margin) if margin else self.radius, self.repels)

@@ -431,18 +431,8 @@ class Spell:
         """The shields that the images of the batch are to each other; None if they do not repel."""
         if not self.batch or len(x) < 2:
             return None
-        if self.groups is None:
-            repels = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device)
-        elif len(self.groups) != len(x):
-            raise ValueError(f"groups has {len(self.groups)} ids, but the batch has {len(x)} images; give one id each.")
-        else:
-            groups = self.groups.to(x.device)
-            repels = groups[:, None] == groups[None, :]
         assert isinstance(self.radius, float)  # checked in __init__
-        squared = torch.full((len(x), len(x)), self.radius**2, device=x.device)
-        if shrink is not None:  # both ends of a pair are uncertain, so both variances shorten its radius
-            squared = squared - shrink[:, None] - shrink[None, :]
-        return BatchShields(squared.clamp(min=0).sqrt(), repels)
+        return BatchShields.of(x, self.radius, self.groups, shrink)
 
     def _record(self, step: int, level: float | None, count: int, push: Push | None, released: Tensor | None) -> None:
         self.trace += rows_of_step(self._run, step, level, count, push, released, self._static.name)
