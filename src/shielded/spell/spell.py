@@ -411,8 +411,6 @@ class Spell:
         """Write the trace as a CSV table, one row per step and image."""
         write_csv(self.trace, path)
 
-    # Parts --------------------------------------------------------------------------------------------------------
-
     def _references(self, mask: Tensor | None) -> StaticReferences:
         constant_history = self.radius_schedule is None
         return StaticReferences(
