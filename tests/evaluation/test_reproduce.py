@@ -333,7 +333,12 @@ def results(pipe, archive, tmp_path_factory):
 def test_diversity_rows_and_changes(results):
     rows = results[1]["diversity"]["rows"]
     assert [row["method"] for row in rows] == ["plain", "spell", "spell", "spell"]
-    assert rows[1]["options"] == {"overlap": "sum", "overcompensation": 1.6}
+    assert rows[1]["options"] == {
+        "overlap": "sum",
+        "overcompensation": 1.6,
+        "radius_schedule": "constant",
+        "release": None,
+    }
     assert rows[1]["vendi"]["value"] > rows[0]["vendi"]["value"]
     assert rows[1]["change"]["vendi"]["value"] == pytest.approx(
         rows[1]["vendi"]["value"] / rows[0]["vendi"]["value"] - 1
@@ -362,7 +367,7 @@ def test_shielding_moves_images_out(results):
     inside = {row["label"]: row["inside"]["value"] for row in result["rows"]}
     assert result["protected"] == 8
     assert inside["plain"] == 1 / 8  # the tenth that the radius is chosen to hold, of 8 images
-    assert inside["SPELL, all references (defaults)"] == 0
+    assert inside["SPELL, guidance kept"] == 0
     assert result["rows"][3]["nearest_protected"] >= result["radius"]
 
 
@@ -376,9 +381,9 @@ def test_shielding_protects_plain_images_of_other_seeds_without_a_reference(pipe
 def test_radii_are_measured_or_asked_for_or_per_root_dimension(pipe, tmp_path):
     made = study(tmp_path, pipe)
     assert radii(made, 3.0) == (3.0, 3.0)
-    assert radii(made) == (26.0, 44.0)
+    assert radii(made) == (26.0, 8.0)
     made.model = "sd1.5"  # its preset, with the latents of the pipeline at hand
-    assert radii(made) == pytest.approx((0.78 * 32, 1.375 * 32))
+    assert radii(made) == pytest.approx((0.78 * 32, 0.25 * 32))
 
 
 def test_unknown_methods_are_an_error(pipe, tmp_path):

@@ -18,7 +18,8 @@ DOCS = Path(__file__).parents[2] / "docs/models.md"
 class Loaded:
     """What `DiffusionPipeline.from_pretrained` would give, with what it was asked for."""
 
-    def __init__(self, source, dtype):
+    def __init__(self, source, dtype, use_safetensors):
+        assert use_safetensors
         self.source, self.dtype = source, dtype
 
     def set_progress_bar_config(self, **options):
