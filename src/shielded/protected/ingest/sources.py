@@ -232,6 +232,8 @@ def _first(name: str, path: str) -> Picture:
         if os.path.isdir(path):
             os.listdir(path)  # raises an error if that was why it is here
             return Picture(name, path, _no_bytes, _READ_BEFORE)
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # given by its name, and read only once
+            return Picture(name, path, Path(path).read_bytes)
         head = _head(path)
     except OSError as error:
         return Picture(name, path, partial(_fail, error.strerror or str(error)))
