@@ -141,14 +141,19 @@ def forged(protected, change):
     store.write_manifest(protected.path, manifest)
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("search", ["whole", "parts", "index", "copy"])
-def test_a_row_that_is_not_finite_is_an_error(monkeypatch, filled, search, number):
+def search_by(monkeypatch, search):
+    """Choose one of the searches for all sets."""
     monkeypatch.setattr(choose, "MAX_UNINDEXED_ROWS", 10_000 if search == "whole" else 0)
     if search == "parts":
         monkeypatch.setattr(choose, "_indexed_search", lambda rows: None)
     if search == "copy":
         monkeypatch.setattr(choose.Search, "_on_device", lambda *_: True)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("search", ["whole", "parts", "index", "copy"])
+def test_a_row_that_is_not_finite_is_an_error(monkeypatch, filled, search, number):
+    search_by(monkeypatch, search)
     forged(filled, lambda tensors: tensors["latents"][7, 1].fill_(number))
     protected = ProtectedSet.open(filled.path)
     for use in (lambda: protected.within(randn(2, *SHAPE), 1.0), lambda: protected.nearest(randn(2, *SHAPE))):
@@ -366,11 +371,7 @@ def test_threads_share_a_set(monkeypatch, tmp_path, search):
 @pytest.mark.parametrize("shrink", [None, 3.0])
 def test_infinite_radii(monkeypatch, filled, search, shrink):
     """For all rows, for some, and for some of some images, with and without removed rows."""
-    monkeypatch.setattr(choose, "MAX_UNINDEXED_ROWS", 10_000 if search == "whole" else 0)
-    if search == "parts":
-        monkeypatch.setattr(choose, "_indexed_search", lambda rows: None)
-    if search == "copy":
-        monkeypatch.setattr(choose.Search, "_on_device", lambda *_: True)
+    search_by(monkeypatch, search)
     x, z = randn(3, *SHAPE, seed=7), filled.vectors(range(48))
     exact = torch.cdist(x.double().flatten(1), z.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
     some = torch.full((48,), 4.0).double().index_fill(0, torch.tensor([0, 11, 47]), torch.inf)

@@ -11,27 +11,16 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from shielded import LatentSpace, ProtectedSet
+from helpers.averages import SPACE, encode_by_averages
+from shielded import ProtectedSet
 from shielded.cli import app
 from shielded.protected import add_images, store
 from shielded.protected.ingest import job
 
-SPACE = LatentSpace((4, 2, 2), (16, 16), vae_class="Averages", vae_sha256="0" * 64, vae=torch.nn.Identity())
-
 
 @pytest.fixture(autouse=True)
 def encoder(monkeypatch):
-    """Encode by averaging patches, and load no model."""
-
-    def encode(self, images, batch_size=8):
-        if not len(images):
-            return torch.zeros(0, 4, 2, 2)
-        means = torch.nn.functional.avg_pool2d(images, 8)
-        return torch.cat([means, means[:, :1]], 1)
-
-    monkeypatch.setattr(LatentSpace, "encode", encode)
-    monkeypatch.setattr(LatentSpace, "of", lambda *_: SPACE)
-    monkeypatch.setattr("shielded.models.load", lambda *_: None)
+    encode_by_averages(monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and no power fails here
 
 

@@ -15,30 +15,17 @@ import torch
 from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
-from shielded import LatentSpace, ProtectedSet
+from helpers.averages import SPACE, encode_by_averages
+from shielded import ProtectedSet
 from shielded.cli import app
-from shielded.latent_space import to_pixels, to_rgb
+from shielded.latent_space import to_rgb
 from shielded.protected import add_images, load_images
 from shielded.protected.ingest import sources
-
-SPACE = LatentSpace((4, 2, 2), (16, 16), vae_class="Averages", vae_sha256="0" * 64, vae=torch.nn.Identity())
 
 
 @pytest.fixture(autouse=True)
 def encoder(monkeypatch):
-    """Encode by averaging patches, and load no model."""
-
-    def encode(self, images, batch_size=8):
-        if not len(images):
-            return torch.zeros(0, 4, 2, 2)
-        if isinstance(images, list):
-            images = torch.stack([to_pixels(picture, (16, 16)) for picture in images])
-        means = torch.nn.functional.avg_pool2d(images, 8)
-        return torch.cat([means, means[:, :1]], 1)
-
-    monkeypatch.setattr(LatentSpace, "encode", encode)
-    monkeypatch.setattr(LatentSpace, "of", lambda *_: SPACE)
-    monkeypatch.setattr("shielded.models.load", lambda *_: None)
+    encode_by_averages(monkeypatch)
 
 
 def image(number, size=(16, 16)):

@@ -108,8 +108,7 @@ def generate(
     space = None if on_leak == "report" else LatentSpace.of(pipe, options.get("height"), options.get("width"))
     if couple and (processes or {"image", "latents", "video"} & options.keys()):
         raise ValueError("couple=True is for text-to-image runs in one process, which draw their own noise.")
-    sizes = Counter(prompts)
-    noises = {prompt: CoupledNoise(size if couple else 1) for prompt, size in sizes.items()}
+    noises = {prompt: CoupledNoise(size) for prompt, size in Counter(prompts).items()}
     parts: list[Generated] = []
     several = len(prompts) > batch_size
     with tqdm(total=len(prompts), desc=label, unit="image", disable=not (progress and several)) as whole:

@@ -167,21 +167,48 @@ def different_distances(
         Distances (n,) float64, infinity where there is no different image, and rows (n,), -1 there.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    distances, nearest = np.full(len(rows), np.inf), np.full(len(rows), -1, dtype=np.int64)
+
+    def nearest(queries: list[int], k: int) -> tuple[Tensor, Tensor]:
+        return protected.nearest_rows(protected.vectors(queries), k)
+
+    return first_different(rows, len(protected), motifs, nearest, np.inf, lambda distance: distance > 0)
+
+
+def first_different(
+    rows: np.ndarray,
+    count: int,
+    motifs: Callable[[int], Hashable],
+    nearest: Callable[[list[int], int], tuple[Tensor, Tensor]],
+    missing: float,
+    counts: Callable[[float], bool] = lambda _: True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest image of another motif, among more and more neighbours until there is one.
+
+    Args:
+        rows: (n,) int64 row numbers.
+        count: of all rows.
+        motifs: row number -> key of what it shows; rows with one key are not different.
+        nearest: (row numbers, k) -> distances or similarities (n, k) to their k nearest, and the rows of these (n, k).
+        missing: what stands where there is no different image.
+        counts: whether an image at this distance or similarity may be different.
+
+    Returns:
+        Distances or similarities (n,) float64, and rows (n,), -1 where there is none.
+    """
+    values, others = np.full(len(rows), missing), np.full(len(rows), -1, dtype=np.int64)
     open_queries, k = np.arange(len(rows)), 2
     while len(open_queries):
-        k = min(k, len(protected))
-        queries = protected.vectors(rows[open_queries].tolist())
-        found, found_rows = (part.numpy() for part in protected.nearest_rows(queries, k))
+        k = min(k, count)
+        found, found_rows = (part.numpy() for part in nearest(rows[open_queries].tolist(), k))
         for i, query in enumerate(open_queries):
-            for distance, row in zip(found[i].tolist(), found_rows[i].tolist(), strict=True):
-                if distance > 0 and row != rows[query] and motifs(row) != motifs(int(rows[query])):
-                    distances[query], nearest[query] = distance, row
+            for value, row in zip(found[i].tolist(), found_rows[i].tolist(), strict=True):
+                if counts(value) and row != rows[query] and motifs(row) != motifs(int(rows[query])):
+                    values[query], others[query] = value, row
                     break
-        if k == len(protected):
+        if k == count:
             break
-        open_queries, k = open_queries[np.isinf(distances[open_queries])], 4 * k
-    return distances, nearest
+        open_queries, k = open_queries[others[open_queries] < 0], 4 * k
+    return values, others
 
 
 def prompt_distances(latents: Tensor, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from shielded.latent_space import to_rgb
 from shielded.protected import ProtectedSet
 from shielded.radius.alterations import CHANGES, Change
 from shielded.radius.choose import RATES
-from shielded.radius.evidence import Evidence, ProtectedPictures
+from shielded.radius.evidence import Evidence, ProtectedPictures, first_different
 
 _MAX_PAIRS = 20  # in the report
 _DECIDING = 5  # pairs on either side of the threshold that are named
@@ -60,21 +61,11 @@ def different_similarities(
         Similarities (n,) float64, -1 where there is no different image, and rows (n,), -1 there.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    similarities, others = np.full(len(rows), -1.0), np.full(len(rows), -1, dtype=np.int64)
-    open_queries, k = np.arange(len(rows)), 2
-    while len(open_queries):
-        k = min(k, len(protected))
-        queries = protected.descriptors(rows[open_queries].tolist())
-        found, found_rows = (part.numpy() for part in protected.copy_rows(queries, k))
-        for i, query in enumerate(open_queries):
-            for similarity, row in zip(found[i].tolist(), found_rows[i].tolist(), strict=True):
-                if row != rows[query] and motifs(row) != motifs(int(rows[query])):
-                    similarities[query], others[query] = similarity, row
-                    break
-        if k == len(protected):
-            break
-        open_queries, k = open_queries[others[open_queries] < 0], 4 * k
-    return similarities, others
+
+    def nearest(queries: list[int], k: int) -> tuple[Tensor, Tensor]:
+        return protected.copy_rows(protected.descriptors(queries), k)
+
+    return first_different(rows, len(protected), motifs, nearest, -1.0)
 
 
 def copy_similarities(

@@ -74,11 +74,10 @@ def trace_plot(trace: Sequence[Mapping]) -> str:
         ("active", "Active shields per image"),
         ("push", "Length of the push (latent L2)"),
         ("score_ratio", "Push as a share of the model's score"),
-        ("released", "Share of the images whose guidance was let go"),
     ]
+    if any(row.get("released") for row in trace):
+        quantities.append(("released", "Share of the images whose guidance was let go"))
     panels = [(label, points) for key, label in quantities if (points := _aggregate(trace, key))]
-    if not any(row.get("released") for row in trace):
-        panels = [(label, points) for label, points in panels if label != quantities[-1][1]]
     if not panels:
         return ""
     marks = [_panel(label, points, 166 * i) for i, (label, points) in enumerate(panels)]
