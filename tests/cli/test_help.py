@@ -1,5 +1,6 @@
 """Help that fits a screen, and bad usage that is answered by one sentence and exit code 2."""
 
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,18 @@ def test_the_version_is_printed_without_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [f"shielded {shielded.__version__}", "False"]
+
+
+@pytest.mark.parametrize("line", ["", "gen", "generate --model no-such-model --de", "studio --device cpu --p"])
+def test_a_line_is_completed_without_torch(line):
+    code = "import sys\nfrom shielded.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    words = f"shielded {line}"
+    asked = {"_SHIELDED_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
+    *found, torch_is_loaded = result.stdout.splitlines()
+    assert found
+    assert all(word.startswith(line.split(" ")[-1]) for word in found)
+    assert torch_is_loaded == "False"
 
 
 BAD = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -14,6 +14,18 @@ from shielded.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from shielded.protected import ProtectedSet
+
+
+def unless_completing(accept: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Make a callback of an option from a function that returns a value or refuses it; completion skips it.
+
+    Checks may load torch, and a shell that completes a line waits for that at every press of the key.
+    """
+
+    def callback(context: typer.Context, value: Any) -> Any:
+        return value if context.resilient_parsing else accept(value)
+
+    return callback
 
 
 def _known(model: str) -> str:
@@ -47,18 +59,23 @@ def _device(name: str | None) -> str | None:
     return name
 
 
-def positive(value: float | None) -> float | None:
+def _positive(value: float | None) -> float | None:
     """Refuse a length or factor that is not positive."""
     if value is not None and not 0 < value < float("inf"):
         raise typer.BadParameter(f"must be positive and finite, such as 10, not {value:g}.")
     return value
 
 
+positive = unless_completing(_positive)
+
 Model = Annotated[
-    str, typer.Option(metavar="MODEL", help="Preset name, pipeline folder, or owner/name.", callback=_known)
+    str,
+    typer.Option(
+        metavar="MODEL", help="Preset name, pipeline folder, or owner/name.", callback=unless_completing(_known)
+    ),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Offset added to all seeds.", callback=_seed)]
+Seed = Annotated[int, typer.Option(metavar="N", help="Offset added to all seeds.", callback=unless_completing(_seed))]
 Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Number of sampling steps.")]
 PresetSteps = Annotated[
     int | None, typer.Option("--steps", metavar="N", min=1, help="Sampling steps; default: the model's, else 25.")
@@ -78,7 +95,10 @@ OnLeak = Annotated[
 ]
 Attempts = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of samplings per image.")]
 Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default: CUDA if available.", callback=_device)
+    str | None,
+    typer.Option(
+        metavar="NAME", help="cpu, cuda, ...; default: CUDA if available.", callback=unless_completing(_device)
+    ),
 ]
 Features = Annotated[
     Literal["emoji", "clip", "dinov2", "inception"],

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, Model, Overwrite, UsageError, errors, positive, show, why
+from shielded.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Model,
+    Overwrite,
+    UsageError,
+    errors,
+    positive,
+    show,
+    unless_completing,
+    why,
+)
 from shielded.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -56,7 +68,11 @@ def protect(
     ] = None,
     descriptor: Annotated[
         str | None,
-        typer.Option(metavar="NAME", callback=_known, help="Find changed copies too, by this network: shielded."),
+        typer.Option(
+            metavar="NAME",
+            callback=unless_completing(_known),
+            help="Find changed copies too, by this network: shielded.",
+        ),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import float32, njit
 
+from shielded.protected.search.indexed.compiled import kernel
 from shielded.protected.search.indexed.index import LINE_BYTES, padded
 from shielded.protected.search.indexed.simd import LANES, WIDTH_BITS, lower_bound, multiply, partial_distance
 
@@ -181,7 +182,7 @@ def _bound_cell(first, rows, cached, prefixes, terms, limit, partial, candidates
     return found
 
 
-@njit(nogil=True)
+@kernel
 def partial_distances(rows, cached, prefixes, terms, out):
     """Set `out` (n, LANES) to ‖z‖² − 2 u·p for all rows of a shard; the other arguments are those of `search`."""
     limit = np.full(LANES, -np.inf, np.float32)
@@ -213,7 +214,7 @@ def _inner(at_row, at_next, dim, at_queries, compensation, sums, inner):
             inner[k] += sums[k]
 
 
-@njit(nogil=True)
+@kernel
 def search(searched, rows, cached, prefixes, terms, queries, limit, cell_minimum, found_lane, found_row, found_lower):
     """Find what no bound rules out in the cells of a shard; read the codes of rows that other bounds leave open.
 
