@@ -22,7 +22,7 @@ _DIGEST_BYTES = 64  # behind the content of a file
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function, without the interpreter's lock while it runs, and keep the result for the next process."""
-    dispatcher = njit(nogil=True)(function)
+    dispatcher: Any = njit(nogil=True)(function)
     with suppress(RuntimeError, OSError):  # no folder can be written
         dispatcher._cache = _KernelCache(function)
     return dispatcher
