@@ -2,10 +2,11 @@
 
 python benchmarks/search.py exact --work DIR    # against brute force in float64, three latent spaces
 python benchmarks/search.py speed --work DIR    # 10 k, 100 k and 1.2 M rows along a sampler's trajectories
+python benchmarks/search.py pairs --work DIR    # side by side: a tensor and a set of the same references
 
-Both need photos and tiny autoencoders (`--photos`, `--taesd`; `search_data.py` builds sets from them) and keep sets and
-indexes in DIR: 40 GB for 1.2 M rows. `speed` needs the extras `bench` and `large`, and an idle machine; with
-`--device cuda` queries, our search and brute force are on a GPU, and FAISS is on the CPU.
+All need photos, the first two tiny autoencoders as well (`--photos`, `--taesd`; `search_data.py` builds sets from
+them), and keep sets and indexes in DIR: 40 GB for 1.2 M rows. `speed` needs the extras `bench` and `large`, and
+an idle machine; with `--device cuda` queries, our search and brute force are on a GPU, and FAISS is on the CPU.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from search_data import (
     trajectories,
     windows,
 )
+from search_pairs import pairs
 from store import private
 from torch import Tensor
 from tqdm import tqdm
@@ -359,7 +361,7 @@ def machine(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["exact", "speed"])
+    parser.add_argument("what", choices=["exact", "speed", "pairs"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--photos", type=Path, default=Path("../shared/data/photos1000.npz"))
     parser.add_argument("--taesd", type=Path, default=Path("../shared/data/taesd"))
@@ -367,13 +369,18 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[10_000, 100_000, 1_200_000], help="speed: sizes of the sets"
     )
+    parser.add_argument("--pictures", type=int, default=16_945, help="pairs: references of 12,288 numbers")
     parser.add_argument("--trajectories", type=int, default=3, help="speed: number of trajectories")
     parser.add_argument("--device", default="cpu", help="speed: device of the queries")
     parser.add_argument("--out", type=Path, help="Markdown file whose table is replaced")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.what == "exact":
+    if args.what == "pairs":
+        table_of_pairs = pairs(args.work, args.photos, args.pictures)
+        if args.out is not None:
+            replace_section(args.out, "pairs", table_of_pairs)
+    elif args.what == "exact":
         exact(args.work, args.photos, args.taesd, args.queries, args.out)
     else:
         speed(args.work, args.photos, args.taesd, args.rows, args.trajectories, args.device, args.out)

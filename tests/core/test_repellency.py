@@ -1,5 +1,7 @@
 """The formula against published golden numbers and closed forms; the projection against brute force."""
 
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from scipy.optimize import minimize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shielded import LatentSpace, ProtectedSet, Spell
+from shielded.core import references, sketch
 from shielded.core.correction import project_correction, repellency
 from shielded.core.distances import distances_of, squared_distances
 from shielded.core.pairs import active_pairs, project_pairs, sum_pairs
+from shielded.core.references import TensorReferences
 from shielded.protected.references import SetReferences
 
 
@@ -330,6 +334,70 @@ def test_distances_by_products_are_as_exact_as_they_say(seed, dim, offset, gap):
     for i in range(3):
         found = distances_of(x, z, torch.full((5,), i), row, squared, error)
         torch.testing.assert_close(found, true[i].sqrt(), rtol=1e-7, atol=0.0)
+
+
+@contextmanager
+def low_precision():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+SETTINGS = {"default": nullcontext, "medium": low_precision, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e22])
+@pytest.mark.parametrize("nearest", [None, 1, 4, 40])
+@pytest.mark.parametrize("sketched", [False, True])
+def test_a_scan_finds_what_float64_finds(monkeypatch, setting, scale, nearest, sketched):
+    """Also at the shell itself, among equal references, and with a radius for each of them."""
+    monkeypatch.setattr(sketch, "_MIN_ROWS", 0 if sketched else 1000)
+    monkeypatch.setattr(sketch, "_SAMPLE_ROWS", 8)
+    monkeypatch.setattr(references, "_MAX_OPEN_SHARE", 0.9)
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(40, 5000, generator=generator)
+    z[20:30] = z[:10]  # ties
+    x = torch.cat([0.1 * z[:3], z[3:5] + 1e-3 * z[5:7], 0.2 * torch.randn(2, 5000, generator=generator)]) * scale
+    z = z * scale
+    true = torch.stack([(row.double() - z.double()).norm(dim=1) for row in x])
+    rank = true.argsort(dim=1, stable=True).argsort(dim=1)
+    shrink = (0.01 * true.min(dim=1).values.square()).float()
+    for radius in (true[0, 7].item(), true.median().item(), true[1] * torch.linspace(0.9, 1.1, 40)):
+        for reduction in (None, shrink):
+            limit = torch.as_tensor(radius, dtype=torch.float64).expand(len(z))
+            taken = 0 if reduction is None else reduction.double()[:, None]
+            limit = (limit.square() - taken).clamp(min=0).sqrt().expand(len(x), -1)
+            expected = (true < limit) & (rank < (nearest or len(z)))
+            with SETTINGS[setting]():
+                scan = TensorReferences(z, radius, nearest).scan(x, reduction)
+                hits = scan.hits()
+            assert bool(scan.some) or not expected.any()
+            assert torch.equal(torch.stack([hits.query, hits.row]), expected.nonzero().T)
+            torch.testing.assert_close(hits.distance, true[expected], rtol=1e-8, atol=0)
+            torch.testing.assert_close(hits.radius, limit[expected], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["random", "equal", "in a plane", "far away", "tiny", "huge"])
+def test_sketches_are_never_farther_apart_than_rows(monkeypatch, kind):
+    monkeypatch.setattr(sketch, "_SAMPLE_ROWS", 30)
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(200, 300, generator=generator)
+    if kind == "equal":
+        z[:] = z[0]
+    elif kind == "in a plane":
+        z = z[:, :2] @ torch.randn(2, 300, generator=generator)
+    elif kind == "far away":
+        z = 1e4 + 1e-2 * z
+    z = z * {"tiny": 1e-30, "huge": 1e30}.get(kind, 1.0)
+    x = torch.cat([z[:5], 0.5 * z[5:10], z[10:15] + 1e-3 * z[15:20], z.mean(dim=0, keepdim=True)])
+    lower = sketch.Sketch(z).lower_bounds(x)
+    true = distances(x, z)
+    assert (lower <= true).all()
+    if kind == "in a plane":  # nothing lies across it
+        assert (lower >= 0.99 * true - 1e-3).all()
 
 
 def test_no_direction_in_the_noise():

@@ -1,4 +1,4 @@
-"""Distances between rows in float64: matrix products find pairs, subtraction decides about them and pushes."""
+"""Distances between rows: matrix products with bounded errors find pairs, subtraction in float64 decides about them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int64
 
 MAX_ELEMENTS = 1 << 24  # elements of differences in memory at once: 64 MiB in float32
+# Components that are summed in float32 before the sum goes on in float64. A float32 inner product of n terms is off
+# by at most n u / (1 - n u) |x| |z| with u = 2^-24, in whatever order it is summed (Higham, Accuracy and Stability of
+# Numerical Algorithms, section 3.1).
+_MAX_FLOAT32_TERMS = 512
+_ROWS_PER_PRODUCT = 256  # whose sums stay in a processor's cache
+_MAX_PAIRS_PER_ROW = 4  # pairs of a row above which a float64 product is faster than subtraction
 PRECISION = 1e-8  # relative error bound above which a squared distance is measured again by subtraction
 
 
@@ -59,11 +65,60 @@ def squared_distances(
     return squared_x + squared_z - 2 * product, error
 
 
+def squared_norms(z: Float[Tensor, "k d"]) -> Float64[Tensor, " k"]:
+    """Compute ‖z‖² of each row (K, D), summed in float64."""
+    parts = z.split(max(1, block_elements(z.device) // max(1, z.shape[1])))
+    return torch.cat([part.double().square().sum(dim=1) for part in parts])
+
+
+def bounded_squares(
+    x: Float[Tensor, "b d"], z: Float[Tensor, "k d"], norms: Float64[Tensor, " k"]
+) -> tuple[Float64[Tensor, "b k"], Float64[Tensor, "b k"]]:
+    """Compute ‖x − z‖² of all pairs as fast as the device allows, with a bound on the error of each.
+
+    On a CPU this is a float32 product, whose error is below 1e-4 of ‖x‖² + ‖z‖²; for other dtypes and devices, and
+    where torch is set to multiply float32 with fewer bits, it is `squared_distances`.
+
+    Args:
+        x: (B, D).
+        z: (K, D).
+        norms: ‖z‖² (K,), of `squared_norms`.
+
+    Returns:
+        Squared distances and their error bounds, (B, K) float64 each; infinite bounds where float32 overflows.
+    """
+    if x.device.type == "cpu" and x.dtype == z.dtype == torch.float32 and _full_float32():
+        dim, scale = x.shape[1], squared_norms(x)[:, None] + norms
+        product = torch.zeros(len(z), len(x), dtype=torch.float64)
+        with torch.autocast("cpu", enabled=False):
+            for sums, rows in zip(product.split(_ROWS_PER_PRODUCT), z.split(_ROWS_PER_PRODUCT), strict=True):
+                for start in range(0, dim, _MAX_FLOAT32_TERMS):
+                    terms = slice(start, start + _MAX_FLOAT32_TERMS)
+                    sums += rows[:, terms] @ x[:, terms].T
+        squared = scale.sub(product.T, alpha=2)
+        # 2 |x| |z| <= |x|² + |z|². The further terms are the float64 sums, generously, and float32 underflow.
+        relative = 1.01 * min(dim, _MAX_FLOAT32_TERMS) * 2.0**-24 + dim * 2.0**-50 + 1e-12
+        error = scale.mul_(relative).add_(dim * 2.0**-125)
+    else:
+        squared, error = squared_distances(x, z)
+    overflow = ~squared.isfinite()
+    return squared.masked_fill_(overflow, 0), error.masked_fill_(overflow, torch.inf)
+
+
+def _full_float32() -> bool:
+    """Say whether torch multiplies float32 matrices on a CPU without rounding their entries to fewer bits."""
+    matmul = getattr(getattr(torch.backends, "mkldnn", None), "matmul", None)
+    precision = getattr(matmul, "fp32_precision", None)  # since torch 2.9
+    if precision is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision in ("none", "ieee")
+
+
 def pair_distances(
     x: Float[Tensor, "b d"], z: Float[Tensor, "k d"], query: Int64[Tensor, " p"], row: Int64[Tensor, " p"]
 ) -> Float64[Tensor, " p"]:
     """Compute ‖x[query] − z[row]‖ (P,) in float64 by subtraction, with bounded memory."""
-    step = max(1, MAX_ELEMENTS // max(1, x.shape[1]))
+    step = max(1, block_elements(x.device) // max(1, x.shape[1]))
     parts = [
         (x[q].double() - z[k].double()).norm(dim=1)
         for q, k in zip(query.split(step), row.split(step), strict=True)
@@ -92,3 +147,22 @@ def distances_of(
     uncertain = uncertain.nonzero().flatten()
     distance[uncertain] = pair_distances(x, z, query[uncertain], row[uncertain])
     return distance
+
+
+def measured_distances(
+    x: Float[Tensor, "b d"],
+    z: Float[Tensor, "k d"],
+    query: Int64[Tensor, " p"],
+    row: Int64[Tensor, " p"],
+    radius: Float64[Tensor, " p"],
+) -> Float64[Tensor, " p"]:
+    """Compute ‖x[query] − z[row]‖ (P,) float64: few pairs by subtraction, many by `squared_distances` of their rows.
+
+    Subtraction decides wherever the product leaves open on which side of the radius (P,) a distance lies.
+    """
+    rows, column = row.unique(return_inverse=True)
+    if len(row) <= _MAX_PAIRS_PER_ROW * len(rows):
+        return pair_distances(x, z, query, row)
+    queries, image = query.unique(return_inverse=True)
+    x, z = x[queries], z[rows]
+    return distances_of(x, z, image, column, *squared_distances(x, z), radius)

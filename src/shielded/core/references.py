@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from shielded.core.distances import distances_of, squared_distances
+from shielded.core.distances import bounded_squares, measured_distances, pair_distances, squared_norms
+from shielded.core.sketch import Sketch, pays
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64
+
+_MAX_OPEN_SHARE = 0.25  # of the references that sketches may leave open for the others to be left out
 
 
 @dataclass
@@ -81,27 +85,53 @@ class TensorReferences:
         self._nearest = nearest
         self.radius = torch.as_tensor(radius, dtype=torch.float64, device=vectors.device).expand(len(vectors))
 
+    @cached_property
+    def _norms(self) -> Float64[Tensor, " k"]:
+        return squared_norms(self._vectors)
+
     def vectors(self, rows: Int64[Tensor, " m"]) -> Float[Tensor, "m d"]:
         return self._vectors[rows]
 
+    @cached_property
+    def _sketch(self) -> Sketch | None:
+        return Sketch(self._vectors) if pays(self._vectors) else None
+
     def scan(self, x0: Float[Tensor, "b d"], shrink: Float[Tensor, " b"] | None = None) -> Scan:
-        squared = self.radius.square().expand(len(x0), -1)
+        limit = self.radius.square().expand(len(x0), -1)
         if shrink is not None:
-            squared = squared - shrink.double()[:, None]
-        limit = squared.clamp(min=0).sqrt()
-        squared, error = squared_distances(x0, self._vectors)
+            limit = limit - shrink.double()[:, None]
+        limit = limit.clamp(min=0).sqrt()
+        rows, vectors, norms = None, self._vectors, self._norms
+        if self._sketch is not None:
+            # Where one row of x0 is near, those that are nearer may have smaller radii, and count as well.
+            farthest = limit if self._nearest is None else limit.amax(dim=1, keepdim=True)
+            rows = (~(self._sketch.lower_bounds(x0) >= farthest)).any(dim=0).nonzero().flatten()
+            if len(rows) > _MAX_OPEN_SHARE * len(vectors):
+                rows = None  # copying them costs more than the product with the others
+            else:
+                vectors, norms, limit = vectors[rows], norms[rows], limit[:, rows]
+        squared, error = bounded_squares(x0, vectors, norms)
         near = squared - error < limit.square()
-        if self._nearest is not None and self._nearest < len(self._vectors):
-            nearest = squared.topk(self._nearest, largest=False).indices
-            near &= torch.zeros_like(near).scatter(1, nearest, True)
 
         def hits() -> Hits:
-            query, row = torch.nonzero(near, as_tuple=True)
-            radius = limit[query, row]
-            found = Hits(query, row, distances_of(x0, self._vectors, query, row, squared, error, radius), radius)
-            return found[found.distance < found.radius]
+            found = self._measured(x0, vectors, limit, near, squared, error)
+            return found if rows is None else replace(found, row=rows[found.row])
 
         return Scan(near.any(), hits)
+
+    def _measured(self, x0: Tensor, z: Tensor, limit: Tensor, near: Tensor, squared: Tensor, error: Tensor) -> Hits:
+        """Measure what may lie within the limit (B, K) of the references z (K, D)."""
+        if self._nearest is None or self._nearest >= len(z):
+            query, row = torch.nonzero(near, as_tuple=True)
+            radius = limit[query, row]
+            found = Hits(query, row, measured_distances(x0, z, query, row, radius), radius)
+        else:  # which rows are nearest does not depend on their radii
+            kth = (squared + error).topk(self._nearest, largest=False).values[:, -1:]
+            query, row = torch.nonzero(near.any(dim=1, keepdim=True) & (squared - error <= kth), as_tuple=True)
+            measured = Hits(query, row, pair_distances(x0, z, query, row), limit[query, row])
+            found = closest(measured, self._nearest)
+            found = found[torch.argsort(found.query * len(z) + found.row)]
+        return found[found.distance < found.radius]
 
 
 class Joined:

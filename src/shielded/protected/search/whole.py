@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shielded.core.distances import bounded_squares, squared_norms
 from shielded.protected.search.interface import (
     Pairs,
     SearchableVectors,
@@ -26,10 +27,6 @@ from shielded.protected.search.interface import (
     sorted_pairs,
 )
 
-# Components that are summed in float32 before the sum goes on in float64. A float32 inner product of n terms is off
-# by at most n u / (1 - n u) |x| |z| with u = 2^-24, in whatever order it is summed (Higham, Accuracy and Stability of
-# Numerical Algorithms, section 3.1).
-_MAX_FLOAT32_TERMS = 4096
 _MAX_ARRAY_NUMBERS = 1 << 24  # numbers in the largest temporary array
 
 
@@ -66,7 +63,7 @@ class WholeSearch:
             distances, rows = np.take_along_axis(distances, best, 1), np.take_along_axis(rows, best, 1)
         return distances, rows
 
-    def _parts(self) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+    def _parts(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield first row, vectors and ‖z‖² of the rows that are in memory at a time, without removed ones."""
         with self._lock:  # one thread computes them
             matrix = self._matrix if self._in_memory else None
@@ -81,23 +78,23 @@ class WholeSearch:
                 yield int(np.searchsorted(self._stored, start)), latents, norms[alive]
 
     @cached_property
-    def _matrix(self) -> tuple[Tensor, np.ndarray]:
+    def _matrix(self) -> tuple[Tensor, Tensor]:
         latents = torch.from_numpy(self._vectors.take(self._stored))
-        return latents, squared_norms(latents)
+        return latents, _finite_norms(latents)
 
     @cached_property
-    def _norms(self) -> list[np.ndarray]:
-        return [squared_norms(torch.from_numpy(vectors.copy())) for _, vectors in self._vectors.parts()]
+    def _norms(self) -> list[Tensor]:
+        return [_finite_norms(torch.from_numpy(vectors.copy())) for _, vectors in self._vectors.parts()]
 
 
-def squared_norms(latents: Tensor) -> np.ndarray:
+def _finite_norms(latents: Tensor) -> Tensor:
     """Compute ‖z‖² of each row of (K, dim), in float64."""
-    step = max(1, _MAX_ARRAY_NUMBERS // max(1, latents.shape[1]))
-    parts = [np.square(part.double().numpy()).sum(1) for part in latents.split(step)]
-    return require_finite(np.concatenate([np.empty(0), *parts]))
+    norms = squared_norms(latents)
+    require_finite(norms.numpy())
+    return norms
 
 
-def within(x: np.ndarray, latents: Tensor, norms: np.ndarray, radius: np.ndarray) -> Pairs:
+def within(x: np.ndarray, latents: Tensor, norms: Tensor, radius: np.ndarray) -> Pairs:
     """Find all pairs of a query and a row with distance < radius.
 
     Args:
@@ -116,7 +113,7 @@ def within(x: np.ndarray, latents: Tensor, norms: np.ndarray, radius: np.ndarray
         size = _queries_per_chunk(len(references))
         for start in range(0, len(x), size):
             queries = slice(start, start + size)
-            lower, _ = distance_bounds(rounded[queries], references, norms[columns])
+            lower, _ = _bounds(rounded[queries], references, norms[columns])
             query, row = np.nonzero(lower <= radius[queries, columns] + shift[queries, None])
             query, row = query + start, row + first
             distance = _distances(x, latents, query, row)
@@ -125,7 +122,7 @@ def within(x: np.ndarray, latents: Tensor, norms: np.ndarray, radius: np.ndarray
     return sorted_pairs(joined(found))
 
 
-def nearest(x: np.ndarray, latents: Tensor, norms: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(x: np.ndarray, latents: Tensor, norms: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the k nearest rows of each query, nearest first; equal distances in the order of the rows.
 
     Args:
@@ -143,7 +140,7 @@ def nearest(x: np.ndarray, latents: Tensor, norms: np.ndarray, k: int) -> tuple[
     for start in range(0, len(x), size):
         queries = slice(start, start + size)
         bounds = [
-            distance_bounds(rounded[queries], references, norms[first : first + len(references)])
+            _bounds(rounded[queries], references, norms[first : first + len(references)])
             for first, references in _chunks(latents)
         ]
         lower, upper = (np.concatenate(part, axis=1) for part in zip(*bounds, strict=True))
@@ -157,48 +154,25 @@ def nearest(x: np.ndarray, latents: Tensor, norms: np.ndarray, k: int) -> tuple[
     return distances, rows
 
 
-def distance_bounds(x: np.ndarray, z: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bound distances between float32 vectors by one float32 matrix product and its rounding error.
-
-    NumPy does the product, because torch may be set to use TF32 or bfloat16 for float32 matrices.
-
-    Args:
-        x: queries (B, dim), float32.
-        z: references (K, dim), float32.
-        norms: ‖z‖² (K,), float64.
-
-    Returns:
-        Lower and upper bounds (B, K), float64.
-    """
-    dim = x.shape[1]
-    with np.errstate(over="ignore", invalid="ignore"):
-        product = np.zeros((len(x), len(z)))
-        for start in range(0, dim, _MAX_FLOAT32_TERMS):
-            terms = slice(start, start + _MAX_FLOAT32_TERMS)
-            product += x[:, terms] @ z[:, terms].T
-        scale = np.square(x, dtype=np.float64).sum(1)[:, None] + norms
-        squared = scale - 2 * product
-        # 2 |x| |z| <= |x|² + |z|². The further terms are the float64 sums, generously, and float32 underflow.
-        error = (1.01 * min(dim, _MAX_FLOAT32_TERMS) * 2.0**-24 + dim * 2.0**-50 + 1e-12) * scale + dim * 2.0**-125
-        lower = np.sqrt(np.maximum(squared - error, 0))
-        upper = np.sqrt(np.maximum(squared + error, 0))
-    overflow = ~np.isfinite(squared)
-    lower[overflow], upper[overflow] = 0, np.inf
-    return lower, upper
+def _bounds(x: Tensor, z: Tensor, norms: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Bound the distances (B, K) of queries and references, float32 both, from below and above."""
+    squared, error = bounded_squares(x, z, norms)
+    lower, upper = (squared - error).clamp_(min=0).sqrt_(), squared.add_(error).clamp_(min=0).sqrt_()
+    return lower.numpy(), upper.numpy()
 
 
-def _rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rounded(x: np.ndarray) -> tuple[Tensor, np.ndarray]:
     """Round queries to float32, and compute how far (B,) that moved each of them."""
     with np.errstate(over="ignore"):
         rounded = x.astype(np.float32)
-    return rounded, np.sqrt(np.square(x - rounded).sum(1))
+    return torch.from_numpy(rounded), np.sqrt(np.square(x - rounded).sum(1))
 
 
-def _chunks(latents: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+def _chunks(latents: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, float32 references), as many at a time as fit into the largest temporary array."""
     step = max(1, _MAX_ARRAY_NUMBERS // latents.shape[1])
     for first in range(0, len(latents), step):
-        yield first, latents[first : first + step].float().numpy()
+        yield first, latents[first : first + step].float()
 
 
 def _queries_per_chunk(rows: int) -> int:

@@ -1,0 +1,92 @@
+"""Comparisons side by side for `search.py pairs`: both sides take turns in one process, and what counts is the ratio.
+
+Processor time counts, so that other work on the machine hardly matters; for threads, the time on the clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from search_data import photos
+from torch import Tensor
+
+from shielded import LatentSpace, ProtectedSet, Spell
+
+IMAGES, SIDE = 16, 64
+HELD_OUT = 40  # photos that are not protected
+
+Jobs = tuple[Callable[[], object], Callable[[], object]]
+
+
+def ratio(jobs: Jobs, rounds: int, clock: Callable[[], float] = time.process_time) -> tuple[float, float]:
+    """Return the median seconds of two jobs that take turns."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for job, taken in zip(jobs, seconds, strict=True):
+            start = clock()
+            job()
+            taken.append(clock() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def crops(archive: Path) -> Tensor:
+    """Cut photos of 256×256 into 16 pictures (N, 16, 3, 64, 64) each, from -1 to 1."""
+    whole = torch.from_numpy(np.stack([np.array(image.resize((256, 256))) for image in photos(archive)]))
+    parts = whole.unflatten(1, (4, SIDE)).unflatten(3, (4, SIDE)).permute(0, 1, 3, 5, 2, 4)
+    return parts.flatten(1, 2).float() / 127.5 - 1
+
+
+def blurred(images: Tensor, side: int) -> Tensor:
+    """Reduce images to `side` pixels and enlarge them again: an early x0."""
+    small = torch.nn.functional.interpolate(images, size=side, mode="area")
+    return torch.nn.functional.interpolate(small, size=SIDE, mode="bilinear")
+
+
+def tensor(folder: Path, archive: Path, rows: int) -> list[str]:
+    """Call a Spell that protects a tensor and one that protects a set of the same pictures."""
+    pictures = crops(archive)
+    z = torch.cat([pictures[HELD_OUT:], pictures[HELD_OUT:].flip(-1)]).flatten(0, 1)[:rows].contiguous()
+    path = folder / f"pictures-{len(z)}"
+    if not path.exists():
+        draft = ProtectedSet.create(folder / f"pictures-draft-{len(z)}", LatentSpace((3, SIDE, SIDE)), overwrite=True)
+        draft.add(z, list(range(len(z))))
+        draft.path.rename(path)
+    protected = ProtectedSet.open(path)
+    x0 = pictures[:HELD_OUT, 5][:IMAGES]
+    closest = protected.nearest(x0)[0]
+    lines = []
+    for name, radius, sharpness in (
+        ("no active shield, x0 from blurred to sharp", 0.5 * closest.min().item(), (2, 4, 8, 16, 32, 64)),
+        ("few active shields, sharp x0", 1.02 * closest.median().item(), (64,)),
+    ):
+        spells = [Spell(z, radius, batch=False), Spell(protected, radius, batch=False)]
+        pairs = []
+        for side in sharpness:
+            x = blurred(x0, side)
+            for spell in spells:
+                spell(x)  # builds what is kept
+            deltas = [spell(x) for spell in spells]
+            assert torch.allclose(*deltas, atol=1e-5 * radius)
+            pairs.append(ratio(tuple(lambda s=s, x=x: s(x) for s in spells), 5))
+        first, second = map(sum, zip(*pairs, strict=True))
+        lines.append(
+            row(f"tensor and set of {len(z):,} × {z[0].numel():,}, {name}", first / len(pairs), second / len(pairs))
+        )
+    return lines
+
+
+def row(name: str, first: float, second: float) -> str:
+    line = f"| {name} | {first:.3g} | {second:.3g} | {first / second:.2f} |"
+    print(line, flush=True)
+    return line
+
+
+def pairs(folder: Path, archive: Path, rows: int) -> str:
+    torch.set_num_threads(1)
+    lines = ["| what | first, s | second, s | ratio |", "|---|---|---|---|"]
+    return "\n".join(lines + tensor(folder, archive, rows))
