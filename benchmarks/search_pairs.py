@@ -80,6 +80,18 @@ def tensor(folder: Path, archive: Path, rows: int) -> list[str]:
     return lines
 
 
+def groups() -> list[str]:
+    """Separate ten groups of 32 images in one call, and in a call for each."""
+    count, images = 10, 32
+    x0 = torch.randn(count * images, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    radius = 1.02 * (2 * x0[0].numel()) ** 0.5
+    together = Spell(radius=radius, groups=torch.arange(count).repeat_interleave(images))
+    alone = Spell(radius=radius)
+    assert torch.equal(together(x0), torch.cat([alone(part) for part in x0.split(images)]))
+    jobs = (lambda: together(x0)), (lambda: [alone(part) for part in x0.split(images)])
+    return [row(f"{count} groups of {images} in one call, {count} calls of {images}", *ratio(jobs, 5))]
+
+
 def row(name: str, first: float, second: float) -> str:
     line = f"| {name} | {first:.3g} | {second:.3g} | {first / second:.2f} |"
     print(line, flush=True)
@@ -89,4 +101,4 @@ def row(name: str, first: float, second: float) -> str:
 def pairs(folder: Path, archive: Path, rows: int) -> str:
     torch.set_num_threads(1)
     lines = ["| what | first, s | second, s | ratio |", "|---|---|---|---|"]
-    return "\n".join(lines + tensor(folder, archive, rows))
+    return "\n".join([*lines, *tensor(folder, archive, rows), *groups()])

@@ -137,6 +137,22 @@ def test_groups_repel_only_among_themselves():
         Spell(radius=1.0, groups=torch.tensor([0, 1, 2]))(x0)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "posterior"])
+def test_groups_in_one_call_are_what_a_call_for_each_gives(schedule):
+    generator = torch.Generator().manual_seed(4)
+    x0 = torch.randn(18, 4, 6, 6, generator=generator)
+    x0[7] = x0[4]  # equal images of a group
+    groups = torch.tensor([2, 0, 1] * 5 + [1, 5, 2])  # interleaved, and one image alone
+    calibration = None if schedule == "constant" else Calibration(energy=200.0)
+    level = {"alpha": 0.8, "sigma": 0.6} if calibration else {}
+    options = {"radius": 22.0, "radius_schedule": schedule, "calibration": calibration}
+    together = Spell(groups=groups, **options)(x0, **level)
+    assert together.flatten(1).any(dim=1).sum() >= 12
+    for group in groups.unique():
+        rows = groups == group
+        assert torch.equal(together[rows], Spell(**options)(x0[rows], **level))
+
+
 def test_mask_counts_the_hole_alone():
     mask = torch.zeros(8, 8)
     mask[:4] = 1

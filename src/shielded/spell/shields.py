@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shielded.core.pairs import active_pairs
+from shielded.core.pairs import active_pairs, project_pairs
 from shielded.core.references import Hits, References
 
 
@@ -18,10 +18,13 @@ class BatchShields:
     Args:
         radius: (B, B), L2.
         repels: (B, B) bool, pairs that repel each other.
+        groups: rows (n,) of each group of at least two images; None: all are one group. What is computed for a group
+            is what would be computed for it alone.
     """
 
     radius: Tensor
     repels: Tensor
+    groups: list[Tensor] | None = None
 
     @classmethod
     def of(cls, x: Tensor, radius: float, groups: Tensor | None, shrink: Tensor | None) -> BatchShields:
@@ -36,25 +39,47 @@ class BatchShields:
         Raises:
             ValueError: not one id per image.
         """
+        rows: list[Tensor] | None = None
         if groups is None:
             repels = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device)
         elif len(groups) != len(x):
             raise ValueError(f"groups has {len(groups)} ids, but the batch has {len(x)} images; give one id each.")
         else:
+            members: dict[int | float, list[int]] = {}
+            for row, group in enumerate(groups.tolist()):
+                members.setdefault(group, []).append(row)
+            rows = [torch.tensor(part, device=x.device) for part in members.values() if len(part) > 1]
             groups = groups.to(x.device)
             repels = groups[:, None] == groups[None, :]
         squared = torch.full((len(x), len(x)), radius**2, device=x.device)
         if shrink is not None:  # both ends of a pair are uncertain, so both variances shorten its radius
             squared = squared - shrink[:, None] - shrink[None, :]
-        return cls(squared.clamp(min=0).sqrt(), repels)
+        return cls(squared.clamp(min=0).sqrt(), repels, rows)
 
     def active(self, x: Tensor, margin: float = 0.0) -> Tensor:
         """Find the pairs (B, B) of x (B, D) that are closer than their radius, less a share of it as margin."""
-        return active_pairs(x, self.radius * (1 - margin) if margin else self.radius, self.repels)
+        radius = self.radius * (1 - margin) if margin else self.radius
+        if self.groups is None:
+            return active_pairs(x, radius, self.repels)
+        close = torch.zeros_like(self.repels)
+        for rows in self.groups:
+            pairs = rows[:, None], rows
+            close[pairs] = active_pairs(x[rows], radius[pairs], self.repels[pairs])
+        return close
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the smallest joint move (B, D) that leaves them, and the rows (B,) that it leaves too close."""
+        if self.groups is None:
+            return project_pairs(x, self.radius, self.repels)
+        move, unresolved = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for rows in self.groups:
+            pairs = rows[:, None], rows
+            move[rows], unresolved[rows] = project_pairs(x[rows], self.radius[pairs], self.repels[pairs])
+        return move, unresolved
 
     def wider(self, factor: float) -> BatchShields:
         """Return these shields with `factor` times the radius."""
-        return BatchShields(self.radius * factor, self.repels)
+        return BatchShields(self.radius * factor, self.repels, self.groups)
 
 
 @dataclass

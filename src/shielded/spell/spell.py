@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shielded.core.correction import Overlap, overcompensated, project_correction, sum_correction
 from shielded.core.directions import push_direction
-from shielded.core.pairs import project_pairs, sum_pairs
+from shielded.core.pairs import sum_pairs
 from shielded.core.references import Hits, References, closest
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet
@@ -248,7 +248,7 @@ class Spell:
         inside = crowded = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(_ALTERNATIONS):
             if batch is not None and batch.active(x + move).any():
-                apart, crowded = project_pairs(x + move, batch.radius, batch.repels)
+                apart, crowded = batch.apart(x + move)
                 move = move + apart
                 hits = None  # measured before the images moved
             if references is None:
