@@ -74,7 +74,10 @@ class Pruner:
     Attributes:
         cells: cells of all shards.
         neighbours: for each lane, stored rows that were found near its last query.
+        threads: how many share the work of a search.
     """
+
+    threads = 1
 
     def __init__(self, shards: PrunedShards, projection: Projection, alive: np.ndarray | None) -> None:
         self.indexes = indexes = shards.indexes
@@ -155,10 +158,14 @@ class Pruner:
 
         shards = np.flatnonzero([searched[self.cells_of(shard)].any() for shard in range(len(self.indexes))])
         cache.cell_anchor[searched] = cache.steps  # in case this is interrupted
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            tasks = np.array_split(shards, min(len(shards), _MAX_TASKS)) if len(shards) else ()
-            for pairs in threads.map(search, tasks):
-                yield from pairs
+        tasks = np.array_split(shards, min(len(shards), _MAX_TASKS)) if len(shards) else []
+        if min(self.threads, len(tasks)) < 2:  # handing over to a thread takes longer than small searches
+            for task in tasks:
+                yield from search(task)
+        else:
+            with ThreadPoolExecutor(min(self.threads, len(tasks))) as threads:
+                for pairs in threads.map(search, tasks):
+                    yield from pairs
         cache.cell_anchor[searched] = cache.newest
 
     def approximate_nearest(self, x: np.ndarray, lanes: np.ndarray, k: int) -> list[np.ndarray]:
@@ -238,6 +245,7 @@ class _QueryCache:
         newest: its newest entry.
         x, u: (steps, LANES, ·) v and Pv.
         y, y_u: (steps, LANES, ·) y and Py.
+        energies: (4, steps, LANES) squared lengths of x, u, y and y_u.
         cell_anchor: (cells,) entry v that `cell_minimum` of a cell belongs to.
         cell_minimum: (cells, LANES) m².
         products: y·t of each row, and the entry y of it.
@@ -248,6 +256,7 @@ class _QueryCache:
         self.steps, self.newest = steps, 0
         self.x, self.u = np.zeros((steps, LANES, dim)), np.zeros((steps, LANES, size))
         self.y, self.y_u = np.zeros((steps, LANES, dim)), np.zeros((steps, LANES, size))
+        self.energies = np.zeros((4, steps, LANES))
         self.cell_anchor = np.full(cells, steps)
         self.cell_minimum = np.zeros((cells, LANES), np.float32)
         self.products = RowProducts(np.zeros((rows, LANES), np.float32), np.full(rows, steps, np.uint8))
@@ -300,7 +309,8 @@ class _QueryBounds:
         codes = np.rint(self._x / steps)
         y, fine = codes * steps, np.rint(254 * (self._x / steps - codes))
         cache.x[cache.newest], cache.u[cache.newest] = self._x, self._u
-        cache.y[cache.newest], cache.y_u[cache.newest] = y, self._pruner.projection.down(y)
+        cache.y[cache.newest], cache.y_u[cache.newest] = y, y_u = y, self._pruner.projection.down(y)
+        cache.energies[:, cache.newest] = self._squared, self._low, np.square(y).sum(1), np.square(y_u).sum(1)
         self._fine = y + fine * (steps / 254)
         coarse_codes, fine_codes = codes.astype(np.int8), fine.astype(np.int8)
         self._queries = QueryCodes(
@@ -336,12 +346,13 @@ class _QueryBounds:
             return np.concatenate([np.einsum("jsd,sd->js", cached, present), none, (fine * present).sum(1)[None]])
 
         def squares(cached: np.ndarray, fine: np.ndarray) -> np.ndarray:
-            return np.concatenate([np.square(cached).sum(2), none, np.square(fine).sum(1)[None]])
+            return np.concatenate([cached, none, np.square(fine).sum(1)[None]])
 
-        inner, energy = for_each_y(cache.y, self._x, self._fine), squares(cache.y, self._fine)
+        _, _, y_energy, y_u_energy = cache.energies
+        inner, energy = for_each_y(cache.y, self._x, self._fine), squares(y_energy, self._fine)
         c = inner / np.where(energy > 0, energy, 1)
         w = self._squared - 2 * c * inner + c**2 * energy
-        low = self._low - 2 * c * for_each_y(cache.y_u, self._u, fine_u) + c**2 * squares(cache.y_u, fine_u)
+        low = self._low - 2 * c * for_each_y(cache.y_u, self._u, fine_u) + c**2 * squares(y_u_energy, fine_u)
         length = np.sqrt(energy)
         low, high = _norms(low, w, self._squared + np.square(c * length))
 
@@ -359,9 +370,9 @@ class _QueryBounds:
     def cell_bounds(self) -> np.ndarray:
         """Bound the squared distances (cells, LANES) to the rows of each cell, from when it was last searched."""
         cache, maxima, none = self.cache, self._pruner.maxima, np.zeros((1, LANES))
-        squared = np.square(cache.x).sum(2)
+        squared, low_squared, _, _ = cache.energies
         w = self._squared - 2 * np.einsum("jsd,sd->js", cache.x, self._x) + squared
-        low = self._low - 2 * np.einsum("jsd,sd->js", cache.u, self._u) + np.square(cache.u).sum(2)
+        low = self._low - 2 * np.einsum("jsd,sd->js", cache.u, self._u) + low_squared
         low, high = _norms(low, w, self._squared + squared)
         change = np.concatenate([self._squared - squared, none - np.inf])[cache.cell_anchor]
         low, high = (np.concatenate([part, none])[cache.cell_anchor] for part in (low, high))

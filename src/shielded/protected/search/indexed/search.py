@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,7 +58,7 @@ class IndexedSearch:
         # The row of each stored row.
         self._row = np.arange(self._count) if vectors.alive is None else np.cumsum(vectors.alive) - 1
         self._free: list[tuple[int, Pruner]] = []  # caches that no thread uses, and the thread that used each last
-        self._made = 0
+        self._made = self._active = 0
         self._most = max(1, min(os.cpu_count() or 1, memory // (_CACHED_BYTES_PER_ROW * max(1, vectors.shape[0]))))
         self._changed = threading.Condition()
 
@@ -180,10 +181,14 @@ class IndexedSearch:
         with self._changed:
             while not (pruner := self._taken(me)):
                 self._changed.wait()
+            self._active += 1
+            # Each of several searches at once is one thread, so that none waits for another's interpreter lock.
+            pruner.threads = max(1, torch.get_num_threads() // self._active)
         try:
             yield pruner
         finally:
             with self._changed:
+                self._active -= 1
                 self._free.append((me, pruner))
                 self._changed.notify()
 
