@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shielded._extras import RequestError
 from shielded.latent_space import families
 from shielded.latent_space.pixels import check_images, check_pixels, clip_to_pixels, to_pil
 
@@ -91,7 +92,7 @@ class LatentSpace:
         height, width = height or rows, width or columns
         multiple = families.spatial_factor(vae) * family.patch
         if height % multiple or width % multiple:
-            raise ValueError(f"{type(pipe).__name__} needs a multiple of {multiple} pixels; got {height}x{width}.")
+            raise RequestError(f"{type(pipe).__name__} needs a multiple of {multiple} pixels; got {height}x{width}.")
         if family.video:
             num_frames = num_frames or families.default_num_frames(pipe)
             if (num_frames - 1) % families.temporal_factor(vae):
@@ -261,4 +262,4 @@ class LatentSpace:
 
 def _refuse(differences: list[str]) -> None:
     if differences:
-        raise ValueError(f"These latent spaces differ, so distances would mean nothing: {'; '.join(differences)}.")
+        raise RequestError(f"These latent spaces differ, so distances would mean nothing: {'; '.join(differences)}.")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shielded._extras import RequestError
 from shielded.copies import Descriptor
 from shielded.core.references import Hits
 from shielded.latent_space import LatentSpace
@@ -311,7 +312,7 @@ class ProtectedSet(Described):
         try:
             self.space.require_same(space)
         except ValueError as error:
-            raise ValueError(f"The protected set at {self.path} was made for another latent space. {error}") from None
+            raise RequestError(f"The protected set at {self.path} was made for another latent space. {error}") from None
 
     def __len__(self) -> int:
         return len(self._reader)

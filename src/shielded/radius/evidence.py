@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
+from shielded._extras import show_progress
 from shielded.files import file_sha256
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.protected import ProtectedSet, add_images, find_images, load_images
@@ -147,7 +147,7 @@ def copy_distances(
     references = space.encode(fitted)[:, None] if references is None else references
     rng = np.random.default_rng(seed)
     distances = {}
-    for kind, change in tqdm(changes.items(), desc="changed copies", unit="kind", disable=not progress):
+    for kind, change in show_progress(changes.items(), desc="changed copies", unit="kind", shown=progress):
         copies = space.encode([change(image, rng) for image in fitted])
         distances[kind] = (copies[:, None] - references).double().flatten(2).norm(dim=2).amin(dim=1).numpy()
     return distances

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from shielded._extras import show_progress
 from shielded.files import write_json
 from shielded.samplers import attach
 from shielded.samplers.coefficients import step_state
@@ -130,7 +130,7 @@ def measure_calibration(
     generator = torch.Generator().manual_seed(seed)
     sums: dict[float, float] = {}
     counts: dict[float, int] = {}
-    for first in tqdm(range(0, len(latents), batch_size), desc="denoise", unit="batch", disable=not progress):
+    for first in show_progress(range(0, len(latents), batch_size), desc="denoise", unit="batch", shown=progress):
         clean = latents[first : first + batch_size]
         teacher = _Teacher(clean)
         with attach(pipe, teacher):

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from shielded import __version__
+from shielded._extras import show_progress
 from shielded.evaluation.baselines import method
 from shielded.evaluation.extractors import Features, features
 from shielded.evaluation.metrics import caption_score, nearest_distance
@@ -130,7 +130,7 @@ class Study:
         """
         settings = list(settings)
         total = len(settings) * self.seeds * len(self.prompts)
-        with tqdm(total=total, unit="cell", disable=not self.progress) as bar:
+        with show_progress(total=total, desc="cells", unit="cell", shown=self.progress) as bar:
             for setting in settings:
                 bar.set_description(setting.label)
                 found = []

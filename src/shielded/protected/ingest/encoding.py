@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from shielded._extras import Bar, show_progress
 from shielded.latent_space import LatentSpace, to_pixels
 from shielded.protected.columns import MIRRORED, Id, is_mirrored
 from shielded.protected.ingest import sources
@@ -117,7 +117,7 @@ def add_images(
     sources.require_images(paths, columns)
     result = AddedImages()
     total = sources.count_pictures(paths) if progress else None
-    bar = tqdm(total=total, desc="protect", unit="image", disable=not progress)
+    bar = show_progress(total=total, desc="protect", unit="image", shown=progress)
     missing = _missing_images(protected, paths, space, mirror, strict, batch_size, result, bar, columns)
     with bar, closing(missing), Saver(protected, radius, result) as saver:
         # Whole batches are saved, so that a resumed run forms the same batches as one that was not interrupted.
@@ -267,7 +267,7 @@ def _missing_images(
     strict: bool,
     ahead: int,
     result: AddedImages,
-    bar: tqdm,
+    bar: Bar,
     columns: Sequence[str],
 ) -> Generator[tuple[EncodedImage, Tensor]]:
     """Yield columns and pixels of each image that is not in the set yet and can be decoded, in order."""

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from shielded._extras import Bar, show_progress
 from shielded.latent_space import LatentSpace
 from shielded.protected.ingest import sources
 from shielded.protected.ingest.encoding import (
@@ -85,7 +85,7 @@ def add_images_on_cluster(
     total = sources.count_pictures(paths) if progress else None
     encoded = encoded_rows(protected, paths, model, batch_size, mirror, columns)
     with (
-        tqdm(total=total, desc="protect", unit="image", disable=not progress) as bar,
+        show_progress(total=total, desc="protect", unit="image", shown=progress) as bar,
         Saver(protected, radius, result) as saver,
     ):
         for image, latent in _missing_images(protected, encoded, mirror, strict, result, bar):
@@ -99,7 +99,7 @@ def _missing_images(
     mirror: bool,
     strict: bool,
     result: AddedImages,
-    bar: tqdm,
+    bar: Bar,
 ) -> Iterator[tuple[EncodedImage, Tensor]]:
     """Yield columns and latents of each image that is not in the set yet and could be encoded, in order."""
     known = KnownImages(protected, mirror)
