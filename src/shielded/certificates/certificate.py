@@ -60,6 +60,8 @@ class Certificate:
         seed: of its initial noise.
         model: the name of the model.
         settings: of Spell and of the sampler.
+        others: of each further set that the image was measured against, those of the fields above that depend on the
+            set. The fields above are of the set that the image comes closest to, or whose shield it is in.
         package_version: of shielded.
     """
 
@@ -86,6 +88,7 @@ class Certificate:
     seed: int | None = None
     model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    others: list[dict[str, Any]] = field(default_factory=list)
     package_version: str = __version__
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -125,7 +128,23 @@ class Certificate:
         if missing:
             raise ValueError(f"{', '.join(missing)} is missing")
         known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in known})
+        certificate = cls(**{key: value for key, value in content.items() if key in known})
+        for other in certificate.others:
+            reading.check_fields(other, {name: check for name, check in _CHECKS.items() if name in OF_A_SET})
+        return certificate
+
+    @property
+    def views(self) -> list[Certificate]:
+        """The certificate as it is for each of its sets, this one first."""
+        others = [{key: value for key, value in other.items() if key in OF_A_SET} for other in self.others]
+        return [self, *(replace(self, **other) for other in others)]
+
+    @classmethod
+    def joined(cls, certificates: Sequence[Certificate]) -> Certificate:
+        """Make one certificate of those of one image against several sets."""
+        first, *rest = sorted(certificates, key=lambda c: (not c.inside, not c.copy, c.distance - c.radius))
+        others = [{name: getattr(c, name) for name in OF_A_SET} for c in rest]
+        return replace(first, others=others)
 
     @property
     def distance(self) -> float:
@@ -133,6 +152,24 @@ class Certificate:
         decoded = self.decoded_distance
         return self.nearest_distance if decoded is None else min(self.nearest_distance, decoded)
 
+
+# The fields that depend on the protected set.
+OF_A_SET = (
+    "nearest_id",
+    "nearest_distance",
+    "radius",
+    "inside",
+    "protected_set",
+    "protected_version",
+    "protected_history",
+    "decoded_id",
+    "decoded_distance",
+    "copy_id",
+    "copy_similarity",
+    "copy_threshold",
+    "copy",
+    "descriptor",
+)
 
 # What a reader of a certificate may rely on, whoever wrote it.
 _CHECKS: dict[str, reading.Check] = {
@@ -159,6 +196,7 @@ _CHECKS: dict[str, reading.Check] = {
     "seed": reading.or_none(reading.COUNT),
     "model": reading.or_none(reading.TEXT),
     "settings": reading.OBJECT,
+    "others": reading.OBJECTS,
     "package_version": reading.TEXT,
 }
 _REQUIRED = {f.name for f in fields(Certificate) if f.default is MISSING and f.default_factory is MISSING}

@@ -133,4 +133,8 @@ ATTEMPTS: Check = (lambda value: is_count(value) and value > 0), "an integer fro
 SIMILARITY: Check = (lambda value: is_number(value) and abs(value) <= 1.01), "a number from -1 to 1"
 BOOL: Check = (lambda value: isinstance(value, bool)), "true or false"
 OBJECT: Check = (lambda value: isinstance(value, dict)), "an object"
+OBJECTS: Check = (
+    lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
+    "a list of objects",
+)
 REPAIR: Check = (lambda value: value in ("restart", "push")), '"restart" or "push"'

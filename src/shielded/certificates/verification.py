@@ -217,10 +217,23 @@ class _Check:
             return None
         try:
             content = strict_json(text)
-            return _Claim(Certificate.from_content(content), content)
+            return _Claim(self._for_this_set(Certificate.from_content(content)), content)
         except ValueError as error:
             self.problems.append(f"the certificate {where} cannot be read: this is not a certificate: {error}")
             return None
+
+    def _for_this_set(self, certificate: Certificate) -> Certificate:
+        """Choose what a certificate against several sets says of this one."""
+        for view in certificate.views[1:]:
+            try:
+                found = self.sets.at(view.protected_version)[1] == view.protected_history
+            except ValueError:
+                continue
+            if found:
+                certificate = view
+        if certificate.others:
+            self.not_checked.append("what it says of other protected sets")
+        return certificate
 
     # The radius ---------------------------------------------------------------------------------------------------
 

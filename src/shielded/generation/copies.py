@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shielded.protected import ProtectedSet
+from shielded.protected import ProtectedSet, parts_of
 
 GROWTH = 1.15  # factor of the radius around a copied picture at each restart
 
@@ -33,14 +33,17 @@ class Copied:
 
 def find_copies(images: Sequence[Image.Image], protected: ProtectedSet) -> list[Copied | None]:
     """Compare pictures with a set by its descriptor; None for each that is no copy, or if the set has no threshold."""
-    threshold = protected.copy_threshold
-    if threshold is None or not images:
-        return [None] * len(images)
-    similarities, rows = protected.copy_rows(images)
-    return [
-        Copied(str(protected.ids[row]), row, similarity, threshold) if similarity >= threshold else None
-        for similarity, row in zip(similarities[:, 0].tolist(), rows[:, 0].tolist(), strict=True)
-    ]
+    found: list[Copied | None] = [None] * len(images)
+    start = 0
+    for part in parts_of(protected):
+        threshold = part.copy_threshold
+        if threshold is not None and images:
+            similarities, rows = part.copy_rows(images)
+            for i, (similarity, row) in enumerate(zip(similarities[:, 0].tolist(), rows[:, 0].tolist(), strict=True)):
+                if similarity >= threshold and found[i] is None:
+                    found[i] = Copied(str(protected.ids[start + row]), start + row, similarity, threshold)
+        start += len(part)
+    return found
 
 
 def grown_radii(

@@ -5,6 +5,7 @@ from shielded.core.references import Hits
 from shielded.protected.ingest.encoding import AddedImages, add_images
 from shielded.protected.ingest.job import ProtectResult, protect
 from shielded.protected.ingest.sources import find_images, load_images
+from shielded.protected.joined import open_sets, parts_of
 from shielded.protected.protected_set import ProtectedSet
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "add_images",
     "find_images",
     "load_images",
+    "open_sets",
+    "parts_of",
     "protect",
 ]
 
