@@ -118,3 +118,14 @@ def test_bad_usage_is_answered_by_one_sentence(command, arguments, tmp_path, mon
     assert not usage or usage.startswith("Usage: ")
     assert re.fullmatch(r"[A-Za-z\d-].{10,450}(\n\t.*)*\n", message)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained_by_help_all(command):
+    short = runner.invoke(app, [command, "--help"], terminal_width=WIDTH).stdout
+    whole = runner.invoke(app, [command, "--help-all"], terminal_width=WIDTH)
+    assert whole.exit_code == 0
+    for parameter in typer.main.get_command(app).commands[command].params:
+        if parameter.param_type_name == "option":
+            assert parameter.opts[-1] in short
+            assert re.search(rf"^ +{parameter.opts[-1]}\b.*  \S", whole.stdout, re.MULTILINE)

@@ -139,7 +139,7 @@ def test_a_foreign_set_and_a_damaged_one(pictures, target, tmp_path):
     from shielded import LatentSpace
 
     ProtectedSet.create(target, LatentSpace((4, 9, 9)))
-    assert "another latent space" in run(pictures, "--out", target, "--add", code=1).stderr
+    assert "another latent space" in run(pictures, "--out", target, "--add", code=2).stderr
     (target / "set.json").write_bytes(b"{}")
     assert "is damaged" in run(pictures, "--out", target, "--add", code=1).stderr
 

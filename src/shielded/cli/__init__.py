@@ -20,8 +20,10 @@ from shielded.cli import (
     studio,
     verify,
 )
+from shielded.cli.command import Command, Group
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help takes two thirds of the lines
@@ -39,7 +41,7 @@ for command in (
     reproduce.reproduce,
     studio.studio,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _show_version(asked: bool) -> None:

@@ -21,6 +21,7 @@ from shielded.cli.options import (
     check_out,
     errors,
     positive,
+    read_prompts,
     show,
 )
 from shielded.models import DEFAULT_MODEL
@@ -70,9 +71,7 @@ def calibrate(
         if not 0 <= false_alarms < 1:
             raise UsageError(f"--false-alarms must be from 0 to below 1, such as 0.01; got {false_alarms}.")
         check_out(out, overwrite)
-        texts = None if prompts is None else [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-        if texts == []:
-            raise UsageError(f"{prompts} has no prompts; write one per line.")
+        texts = None if prompts is None else read_prompts(prompts)
         if per_image and protect is None:
             raise UsageError("--per-image writes radii for a protected set; give one with --protect.")
         from shielded.models import preset_of

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from shielded._extras import RequestError as UsageError  # exit code 2
 from shielded.cli import settings
 from shielded.models import DEFAULT_MODEL
 
@@ -94,23 +95,29 @@ OnLeak = Annotated[
     ),
 ]
 Attempts = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of samplings per image.")]
+RUNNING = "Running"  # panel of options that say nothing about what is made
 Device = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="cpu, cuda, ...; default: CUDA if available.", callback=unless_completing(_device)
+        metavar="NAME",
+        help="cpu, cuda, ...; default: CUDA if available.",
+        callback=unless_completing(_device),
+        rich_help_panel=RUNNING,
     ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", metavar="", help="Print errors and warnings alone.", rich_help_panel=RUNNING)
 ]
 Features = Annotated[
     Literal["emoji", "clip", "dinov2", "inception"],
     typer.Option(metavar="NAME", help="emoji (the embedded encoder), clip, dinov2 or inception (then Fréchet is FID)."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of a summary and progress.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", metavar="", help="Print JSON instead of a summary and progress.", rich_help_panel=RUNNING),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace the results of an earlier run.")]
-Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks.")]
-
-
-class UsageError(ValueError):
-    """Arguments that cannot be used; exit code 2."""
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks.", rich_help_panel=RUNNING)]
 
 
 class errors:
@@ -183,8 +190,27 @@ def show_skipped(skipped: Sequence[tuple[str, str]], not_looked_at: Mapping[str,
         typer.echo(f"not looked at: {', '.join(f'{number} {kind}' for kind, number in unknown.items())}", err=True)
 
 
-def show(result: dict[str, Any], as_json: bool, summary: str) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else summary)
+def show(result: dict[str, Any], as_json: bool, summary: str, quiet: bool = False) -> None:
+    """Print the result of a command; with `quiet` only where JSON was asked for."""
+    if as_json or not quiet:
+        typer.echo(json.dumps(result, indent=2) if as_json else summary)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read a text file with one prompt a line; empty lines and repetitions are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UsageError: it is no text, or has no prompts.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise UsageError(f"{path} is no text file with one prompt a line.") from None
+    prompts = list(dict.fromkeys(line for line in lines if line))
+    if not prompts:
+        raise UsageError(f"{path} has no prompts; write one a line.")
+    return prompts
 
 
 def say_tiers(protected: ProtectedSet) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shielded.cli.options import AsJson, Debug, Device, Model, UsageError, errors, positive, show
+from shielded.cli.options import AsJson, Debug, Device, Model, UsageError, errors, positive, read_prompts, show
 from shielded.models import DEFAULT_MODEL
 
 
@@ -98,5 +98,4 @@ def _prompts(given: str, model: str, reference: Path | None) -> list[str]:
     path = Path(given)
     if not path.is_file():
         raise UsageError(f"--prompts: {given} is neither a number nor a text file.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return list(dict.fromkeys(line for line in lines if line))
+    return read_prompts(path)

@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from shielded.cli.command import sentence
+
 NAME = "shielded.toml"
 _COMMAND_LINE_ONLY = {"help", "overwrite", "remove", "compact"}  # deletions are confirmed for each run
 
@@ -96,6 +98,5 @@ def _checked(path: Path, context: typer.Context, option: Any, key: str, value: A
     try:
         option.process_value(context, result)
     except typer.BadParameter as error:
-        reason = error.message.strip().rstrip(".")
-        raise SettingsError(f"{path}: {key} = {value!r} does not work: {reason[:1].lower()}{reason[1:]}.") from None
+        raise SettingsError(f"{path}: {key} = {value!r} does not work: {sentence(error)}.") from None
     return result
