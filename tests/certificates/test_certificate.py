@@ -14,7 +14,8 @@ from shielded.certificates import verify_images
 from shielded.certificates.audit import LOG, AuditLog, read_log
 from shielded.certificates.certificate import attach_certificate, beside, certify, leaks, measure
 from shielded.models import load
-from shielded.runs.paired import run
+from shielded.runs.job import run
+from shielded.runs.model_call import ModelCall
 
 RADIUS = 7.0
 
@@ -28,12 +29,19 @@ def space():
 def made(space, tmp_path_factory):
     """Two plain owls, protected, and the folder of a run that kept away from them."""
     folder = tmp_path_factory.mktemp("run")
-    run(folder / "plain", "owl", n=2, steps=4, device="cpu", progress=False, radius=1e-6)
+    run(folder / "plain", ["owl"], [0, 1], ModelCall(steps=4), device="cpu", progress=False, radius=1e-6)
     pictures = [Image.open(path) for path in sorted((folder / "plain" / "without").glob("*.png"))]
     protected = ProtectedSet.create(folder / "set", space)
     protected.add(space.encode(pictures), ["first", "second"])
     report = run(
-        folder / "out", "owl", protect=folder / "set", n=2, radius=RADIUS, steps=4, device="cpu", progress=False
+        folder / "out",
+        ["owl"],
+        [0, 1],
+        ModelCall(steps=4),
+        protect=[folder / "set"],
+        radius=RADIUS,
+        device="cpu",
+        progress=False,
     )
     return folder, report
 
@@ -102,7 +110,7 @@ def test_a_second_run_replaces_the_first(made, tmp_path):
     folder, _ = made
     out = tmp_path / "out"
     shutil.copytree(folder / "out", out)
-    run(out, "pizza", protect=folder / "set", n=1, radius=RADIUS, steps=4, device="cpu", progress=False)
+    run(out, ["pizza"], [0], ModelCall(steps=4), protect=[folder / "set"], radius=RADIUS, device="cpu", progress=False)
     assert [path.name for path in (out / "with").glob("*.png")] == ["pizza-0.png"]
     assert [path.name for path in (out / "with").glob("*.json")] == ["pizza-0.json"]
 

@@ -201,7 +201,7 @@ def test_refused_images_are_listed_and_not_written(protected, tmp_path):
 
 def test_a_radius_that_nothing_can_keep_fails_with_a_reason(protected, tmp_path):
     result = generate_owls(protected[1], tmp_path, "--radius", "500")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "cannot be kept" in result.stderr
 
 
@@ -243,7 +243,10 @@ def test_generate_without_a_set_says_how_far_apart_the_images_are(tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["min_pair_distance_with"] >= report["radius"] > report["min_pair_distance_without"]
-    assert f"{report['min_pair_distance_with']:.2f} with; the radius is 8.00" in result.stdout
+    without, with_ = (f"{report[f'min_pair_distance_{side}']:.2f}" for side in ("without", "with"))
+    assert f"SPELL moved 2 of 2 apart: the two closest are now at a distance of {with_} instead of {without}" in (
+        result.stdout
+    )
     assert "Vendi score" in result.stdout
     assert "most alike" in (tmp_path / "out" / "report.html").read_text()
     again = runner.invoke(app, [*arguments, "--radius", "0.1"])
@@ -346,7 +349,7 @@ def test_debug_shows_where(tmp_path):
 def test_a_set_without_radii_is_refused_before_the_model_is_loaded(protected, tmp_path, monkeypatch):
     target = tmp_path / "set"
     assert runner.invoke(app, ["protect", str(protected[0] / "owl-0.png"), "--out", str(target)]).exit_code == 0
-    monkeypatch.setattr("shielded.runs.paired.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("shielded.runs.model_call.load", lambda *_: pytest.fail("loaded"))
     result = generate_owls(target, tmp_path / "out")
     assert result.exit_code == 2
     assert "give one with --radius" in result.stderr

@@ -28,12 +28,11 @@ def asked(*arguments):
     """What a run would be asked for."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shielded.runs.paired.run", lambda *given, **named: calls.append((given, named)))
+        patch.setattr("shielded.runs.job.run", lambda *given, **named: calls.append((given, named)))
         result = runner.invoke(app, ["generate", "owl", *arguments])
     assert result.exit_code == 0, result.output
-    names = ("out", "prompt", "model", "protect", "n", "radius", "seed", "steps", "overcompensation", "device")
-    given, named = calls[0]
-    return {**dict(zip(names, given, strict=True)), **named}
+    (out, _, seeds, call), named = calls[0]
+    return {"out": out, "n": len(seeds), "seed": seeds[0], "steps": call.steps, **named}
 
 
 def write(text, path="shielded.toml"):

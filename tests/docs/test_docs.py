@@ -106,7 +106,7 @@ def test_commands_and_their_options_exist(page):
             known = {
                 option for parameter in COMMANDS[command].params for option in parameter.opts + parameter.secondary_opts
             }
-            assert set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest)) <= known | {"--help"}, line
+            assert set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest)) <= known | {"--help", "--help-all"}, line
         for target in re.findall(r"^\s*make ([a-z]+)", line):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         for script, rest in re.findall(r"(?:python|launch) (?:\S+=\S+ )*([\w/]+\.py)([^|;]*)", line):

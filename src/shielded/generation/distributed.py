@@ -12,26 +12,20 @@ same way and keeps its own rows.
 
 from __future__ import annotations
 
-import io
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from safetensors.torch import load, save
 from torch import Tensor
 
 from shielded._extras import missing
-from shielded.certificates.certificate import Measured
-from shielded.generation.copies import Copied
 from shielded.generation.generated import Generated
+from shielded.generation.packing import as_tensor, pack, unpack
 from shielded.spell import Spell
 
 # How long a process waits for the others, since one may have images to sample again when the others have none. A
@@ -245,19 +239,7 @@ def gather_finished(
     """
     uncoupled = spell if isinstance(spell, Spell) else None
     trace = [row for row in uncoupled.trace if row["image"] < share.kept] if uncoupled is not None else []
-    message = {
-        "attempts": made.attempts,
-        "repair": made.repair,
-        "refused": made.refused,
-        "measured": [[asdict(latents), asdict(picture)] for latents, picture in made.measured],
-        "copied": [None if copy is None else asdict(copy) for copy in made.copied],
-        "events": events,
-        "trace": trace,
-    }
-    tensors = {"message": _bytes(json.dumps(message).encode()), "latents": made.latents}
-    tensors |= {} if made.decoded is None else {"decoded": made.decoded}
-    tensors |= {f"image {i}": _bytes(_png(image)) for i, image in enumerate(made.images)}
-    parts = [_unpacked(part) for part in gather_bytes(save(tensors))]
+    parts = [unpack(part) for part in gather_bytes(pack(made, events=events, trace=trace))]
     if uncoupled is not None:
         rows = [
             {**row, "image": row["image"] + i * share.size}
@@ -269,47 +251,13 @@ def gather_finished(
     return Generated.joined([part for part, _ in parts]), logged
 
 
-def _unpacked(data: bytes) -> tuple[Generated, dict[str, Any]]:
-    """Read the images of one process, and its message."""
-    tensors = load(data)
-    message = json.loads(tensors["message"].numpy().tobytes())
-    pngs = [tensors[f"image {i}"].numpy().tobytes() for i in range(len(tensors["latents"]))]
-    made = Generated(
-        [Image.open(io.BytesIO(png)).copy() for png in pngs],
-        tensors["latents"],
-        0.0,
-        tensors.get("decoded"),
-        message["attempts"],
-        message["repair"],
-        message["refused"],
-        [(_measured(latents), _measured(picture)) for latents, picture in message["measured"]],
-        [None if copy is None else Copied(**copy) for copy in message["copied"]],
-    )
-    return made, message
-
-
-def _measured(content: dict[str, Any]) -> Measured:
-    leak = content["leak"]
-    return Measured(**{**content, "leak": None if leak is None else tuple(leak)})
-
-
 def gather_bytes(data: bytes) -> list[bytes]:
     """Gather bytes of any length from each process, in their order. All processes call it."""
     everyone = Share(_processes(), _rank(), 1)
     sizes = everyone.gather(torch.tensor([len(data)])).tolist()
     padded = torch.zeros(1, max(sizes), dtype=torch.uint8)
-    padded[0, : len(data)] = _bytes(data)
+    padded[0, : len(data)] = as_tensor(data)
     return [row[:size].numpy().tobytes() for row, size in zip(everyone.gather(padded), sizes, strict=True)]
-
-
-def _bytes(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def _coupled(spell: Spell | None) -> bool:

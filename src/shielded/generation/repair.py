@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shielded._extras import RequestError
 from shielded.certificates.certificate import Measured, measure
 from shielded.generation.copies import Copied, find_copies, grown_radii
 from shielded.generation.generated import Generated
@@ -84,7 +85,7 @@ def check_on_leak(on_leak: OnLeak, attempts: int, spell: Spell | None) -> None:
     reach = radius.square().mean().sqrt().item()
     limit = farthest(spell.protected)
     if reach > limit:
-        raise ValueError(
+        raise RequestError(
             f"the radius {reach:g} cannot be kept: the latents of this model are at most {limit:.1f} away from the "
             "protected images on average (root mean square); choose a smaller one."
         )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from shielded._extras import show_progress, watched
 from shielded.generation.distributed import Gathered, Share, batch_of_all, for_share, gather_finished
 from shielded.generation.generated import Generated
 from shielded.generation.noise import CoupledNoise, coupling
@@ -23,6 +24,8 @@ from shielded.latent_space import LatentSpace
 from shielded.samplers import attach
 from shielded.samplers.diffusers import Correction
 from shielded.spell import Spell
+
+_PER_ROW = ("negative_prompt", "image")  # options that are given for all images, and that pipelines take for each
 
 
 class Watch:
@@ -61,6 +64,9 @@ def generate(
     finished: Callable[[Generated], None] | None = None,
     processes: bool = False,
     couple: bool = False,
+    one_prompt: bool = False,
+    first: int = 0,
+    space: LatentSpace | None = None,
     **options: Any,
 ) -> Generated:
     """Generate one image per prompt and seed.
@@ -77,7 +83,7 @@ def generate(
         batch_size: images per batch. Batch references are the other images of that batch, whatever number of processes
             shares it. Without batch repellency or history, `batch_size` is per process.
         label: text in front of the progress bar.
-        progress: whether a progress bar is shown.
+        progress: whether progress is shown: a bar, or lines where standard error is no terminal.
         on_leak: what to do where the finished latents, or the decoded image encoded again, lie inside a shield of the
             protected set. "report": nothing, and nothing is measured. "restart": sample again from a middle noise
             level with a wider radius, then push, then refuse; "push": push, then refuse; "refuse": refuse. The whole
@@ -90,7 +96,11 @@ def generate(
             the same arguments, except for the device of the pipeline and the log, and each gets all images.
         couple: start the images of one prompt from noise whose sum is zero; see `CoupledNoise`. An image then depends
             on the seeds before it. Restarts are not coupled.
-        **options: passed on to the pipeline, for example guidance_scale.
+        one_prompt: end a batch where the prompt changes, so that batch references are images of one prompt.
+        first: images that an earlier call has made, which progress counts.
+        space: of the latents, to measure them with `on_leak`; None: that of the pipeline at the size of the options.
+        **options: passed on to the pipeline, for example guidance_scale. `negative_prompt` and `image` may be one for
+            all images.
 
     Returns:
         The images in the order of the prompts, with their latents and, where `on_leak` measured them, measurements.
@@ -105,24 +115,34 @@ def generate(
     check_on_leak(on_leak, attempts, spell)
     if processes:
         batch_size = batch_of_all(batch_size, spell)
-    space = None if on_leak == "report" else LatentSpace.of(pipe, options.get("height"), options.get("width"))
+    if on_leak == "report":
+        space = None
+    elif space is None:
+        space = LatentSpace.of(pipe, options.get("height"), options.get("width"))
     if couple and (processes or {"image", "latents", "video"} & options.keys()):
         raise ValueError("couple=True is for text-to-image runs in one process, which draw their own noise.")
     noises = {prompt: CoupledNoise(size) for prompt, size in Counter(prompts).items()}
     parts: list[Generated] = []
-    several = len(prompts) > batch_size
-    with tqdm(total=len(prompts), desc=label, unit="image", disable=not (progress and several)) as whole:
-        for first in range(0, len(prompts), batch_size):
-            start = time.perf_counter()
-            count = min(batch_size, len(prompts) - first)
+    spans = list(_batches(prompts, batch_size, one_prompt))
+    several, total = len(spans) > 1, first + len(prompts)
+    shown = progress and (several or not watched())  # one batch has the bar of its steps
+    with show_progress(total=total, desc=label, unit="image", shown=shown) as whole:
+        whole.update(first)
+        for start, count in spans:
+            began = time.perf_counter()
             share = Share.of(count) if processes else Share(count, 0, count)
-            texts = [prompts[first + i] for i in share.rows]
-            numbers = [seeds[first + i] for i in share.rows]
-            bar = {"disable": not progress, "desc": f"{label} {first + 1}-{first + count} of {len(prompts)}"}
+            texts = [prompts[start + i] for i in share.rows]
+            numbers = [seeds[start + i] for i in share.rows]
+            number = first + start
+            bar: dict[str, Any] = {"desc": f"{label} {number + 1}-{number + count} of {total}"}
+            bar |= {"disable": not (progress and watched())}
             bar |= {"position": 1, "leave": False} if several else {}
             pipe.set_progress_bar_config(**bar)
             generators = [torch.Generator().manual_seed(seed) for seed in numbers]
             call = {"prompt": texts, "generator": generators, "num_inference_steps": steps, **options}
+            for name in _PER_ROW:
+                if isinstance(call.get(name), str | Image.Image):
+                    call[name] = [call[name]] * len(texts)
             correct = for_share(spell, share) if processes else spell
             with coupling(pipe, [noises[text] for text in texts]) if couple else nullcontext():
                 images, latents = _sample(pipe, correct, call)
@@ -139,13 +159,23 @@ def generate(
                         log(event, **content)
             if space is not None and spell is not None and spell.history is not None:
                 spell.history.amend(count, made.latents[made.kept])
-            made.seconds = time.perf_counter() - start
+            made.seconds = time.perf_counter() - began
             parts.append(made)
             whole.update(count)
             if finished is not None:
                 finished(made)
     pipe.set_progress_bar_config(disable=True)
     return Generated.joined(parts)
+
+
+def _batches(prompts: list[str], batch_size: int, one_prompt: bool) -> Iterator[tuple[int, int]]:
+    """Yield first image and size of each batch."""
+    sizes = [len(list(group)) for _, group in itertools.groupby(prompts)] if one_prompt else [len(prompts)]
+    start = 0
+    for size in sizes:
+        for first in range(start, start + size, batch_size):
+            yield first, min(batch_size, start + size - first)
+        start += size
 
 
 def _sample(pipe: Any, spell: _Keeping | None, call: dict[str, Any]) -> tuple[list[Image.Image], Tensor]:
@@ -180,7 +210,8 @@ def _restart(
     """
     import diffusers
 
-    call = {**call, **{name: [call[name][i] for i in rows] for name in ("prompt", "generator")}}
+    of_rows = ("prompt", "generator", *(name for name in _PER_ROW if isinstance(call.get(name), list)))
+    call = {**call, **{name: [call[name][i] for i in rows] for name in of_rows}}
     relative = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline"), None)
     if relative is None or "image" in call:
         return _sample(pipe, spell, call)

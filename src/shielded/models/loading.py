@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from shielded._extras import watched
 from shielded.models import DEFAULT_MODEL
 from shielded.models.guidance import guidance_option
 from shielded.models.presets import PRESETS, preset_of
@@ -21,13 +22,16 @@ def names() -> list[str]:
     return list(PRESETS)
 
 
-def load(model: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+def load(
+    model: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dtype | None = None, progress: bool = True
+) -> Any:
     """Load a diffusers pipeline by a model's name, from a folder, or from the Hugging Face hub.
 
     Args:
         model: one of `names()`, the path of a saved pipeline, or "owner/name".
         device: torch device; None: CUDA if there is one, else the CPU.
         dtype: of the weights; None: the preset's, but float32 on the CPU and for models without a preset.
+        progress: whether the bars of a longer load are shown, on a terminal.
 
     Raises:
         ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
@@ -36,7 +40,7 @@ def load(model: str = DEFAULT_MODEL, device: str | None = None, dtype: torch.dty
     preset, source = preset_of(model), locate(model)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else preset.dtype
-    with _quiet() if preset.embedded else nullcontext():
+    with quiet(not preset.embedded) if preset.embedded or not (progress and watched()) else nullcontext():
         from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]  # the documented path
 
         if isinstance(source, Path):
@@ -102,13 +106,17 @@ def _import(folder: Path) -> None:
     """Import the class of a saved pipeline without printing its hints about torchvision."""
     import diffusers
 
-    with _quiet():
+    with quiet():
         getattr(diffusers, json.loads((folder / "model_index.json").read_text()).get("_class_name", ""), None)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries' hints about parts that the embedded model does not use, and their short progress bars."""
+def quiet(warnings: bool = False) -> Iterator[None]:
+    """Silence the libraries' hints about parts that the embedded model does not use, and their progress bars.
+
+    Args:
+        warnings: let the hints through.
+    """
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -116,7 +124,8 @@ def _quiet() -> Iterator[None]:
     before = [library.get_verbosity() for library in libraries]
     bars = [library.is_progress_bar_enabled() for library in libraries]
     for library in libraries:
-        library.set_verbosity_error()
+        if not warnings:
+            library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         yield

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from shielded.certificates.certificate import Certificate, Measured, certify_measured, measure
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import vendi
 from shielded.generation import Generated
 from shielded.latent_space import LatentSpace
-from shielded.protected import ProtectedSet
-from shielded.runs.folder import image_name
+from shielded.protected import ProtectedSet, parts_of
 from shielded.runs.report.rows import Row
 from shielded.runs.results import Side
 from shielded.spell import Spell
@@ -20,11 +21,12 @@ from shielded.spell import Spell
 
 def certified_rows(
     space: LatentSpace,
-    before: Generated,
+    before: Generated | None,
     after: Generated,
     spell: Spell,
     prompts: list[str],
     seeds: list[int],
+    names: list[str],
     settings: dict[str, Any],
     show_protected: bool,
 ) -> list[Row]:
@@ -32,11 +34,12 @@ def certified_rows(
 
     Args:
         space: with the autoencoder.
-        before: images of the model alone.
+        before: images of the model alone; None: there are none.
         after: images with SPELL, of the same prompts and seeds.
         spell: the correction, with the protected set.
         prompts: one per image, or more.
         seeds: likewise.
+        names: of the files, likewise.
         settings: how the images were made, for the certificates.
         show_protected: whether rows hold the protected pictures that the certificates name.
     """
@@ -44,7 +47,7 @@ def certified_rows(
     certified_after: dict[int, Certificate] = {}
     pictures: dict[int, Image.Image] = {}
     if isinstance(spell.protected, ProtectedSet):
-        everything = list(range(len(before.images)))
+        everything = list(range(len(after.images)))
         details = [
             {
                 "attempts": after.attempts[i],
@@ -56,11 +59,11 @@ def certified_rows(
             }
             for i in everything
         ]
-        found_before = _measured(before, everything, space, spell)
         found_after = _measured(after, everything if show_protected else after.kept, space, spell)
-        names = [image_name(prompts[i], seeds[i]) for i in everything]
-        certified_before = _certified(before, everything, names, found_before, spell.protected)
-        certified_after = _certified(after, after.kept, names, found_after, spell.protected, details)
+        if before is not None:
+            found_before = _measured(before, everything, space, spell)
+            certified_before = _certified(before, everything, names, found_before, spell)
+        certified_after = _certified(after, after.kept, names, found_after, spell, details)
         if show_protected:
             vectors = spell.protected.vectors([found_after[i][0].row for i in everything])
             pictures = dict(enumerate(space.decode(vectors)))
@@ -68,7 +71,7 @@ def certified_rows(
         Row(
             prompts[i],
             seeds[i],
-            before.images[i],
+            None if before is None else before.images[i],
             None if reason else after.images[i],
             certified_before.get(i),
             certified_after.get(i),
@@ -81,15 +84,30 @@ def certified_rows(
     ]
 
 
-def scored_sides(before: Generated, after: Generated, encoder: Encoder | None) -> tuple[Side, Side]:
-    """Describe both runs as a whole, with Vendi scores if there is an encoder."""
-    scores: list[float | None] = [None, None]
-    if encoder is not None:
-        kept = [after.images[i] for i in after.kept]
-        scores = [vendi(encoder.image_features(images)) if images else None for images in (before.images, kept)]
-    sides = zip((before, after), scores, strict=True)
-    without, with_ = (Side(made.latents, made.seconds, score) for made, score in sides)
-    return without, with_
+def scored_sides(
+    before: Generated | None, after: Generated, encoder: Encoder | None, prompts: list[str]
+) -> tuple[Side | None, Side]:
+    """Describe both runs as a whole, with Vendi scores if there is an encoder.
+
+    Args:
+        before: images of the model alone; None: there are none.
+        after: images with SPELL.
+        encoder: for the scores, which are of the images of one prompt, averaged over the prompts.
+        prompts: one per image, or more.
+    """
+    with_ = _side(after, after.kept, encoder, prompts)
+    return None if before is None else _side(before, range(len(before.images)), encoder, prompts), with_
+
+
+def _side(made: Generated, rows: Iterable[int], encoder: Encoder | None, prompts: list[str]) -> Side:
+    groups: dict[str, list[int]] = {}
+    for i in rows:
+        groups.setdefault(prompts[i], []).append(i)
+    score = None
+    if encoder is not None and groups:
+        scores = [vendi(encoder.image_features([made.images[i] for i in group])) for group in groups.values()]
+        score = sum(scores) / len(scores)
+    return Side(made.latents, made.seconds, score, prompts[: len(made.images)])
 
 
 def _measured(
@@ -99,9 +117,10 @@ def _measured(
     if made.measured:
         return {i: made.measured[i] for i in rows}
     assert isinstance(spell.protected, ProtectedSet)
-    encoded = space.encode([made.images[i] for i in rows]) if made.decoded is None else made.decoded[rows]
-    latents = measure(made.latents[rows], spell.protected, spell.radius)
-    return dict(zip(rows, zip(latents, measure(encoded, spell.protected, spell.radius), strict=True), strict=True))
+    if made.decoded is None:
+        made.decoded = space.encode(made.images)
+    found = (measure(z[rows], spell.protected, spell.radius) for z in (made.latents, made.decoded))
+    return dict(zip(rows, zip(*found, strict=True), strict=True))
 
 
 def _certified(
@@ -109,16 +128,29 @@ def _certified(
     rows: list[int],
     names: list[str],
     found: dict[int, tuple[Measured, Measured]],
-    protected: ProtectedSet,
+    spell: Spell,
     details: list[dict[str, Any]] | None = None,
 ) -> dict[int, Certificate]:
-    """Certificates of these batch rows."""
-    certificates = certify_measured(
-        [made.images[i] for i in rows],
-        [names[i] for i in rows],
-        protected,
-        [found[i][0] for i in rows],
-        [found[i][1] for i in rows],
-        None if details is None else [details[i] for i in rows],
-    )
-    return dict(zip(rows, certificates, strict=True))
+    """Certificates of these batch rows, against each of the sets that count."""
+    assert isinstance(spell.protected, ProtectedSet)
+    parts, start = parts_of(spell.protected), 0
+    certificates: list[list[Certificate]] = []
+    for part in parts:
+        latents, pictures = [found[i][0] for i in rows], [found[i][1] for i in rows]
+        if len(parts) > 1:
+            assert made.decoded is not None  # `_measured` or repair has encoded the images
+            radius = spell.radius[start : start + len(part)] if isinstance(spell.radius, Tensor) else spell.radius
+            latents, pictures = (measure(z[rows], part, radius) for z in (made.latents, made.decoded))
+        start += len(part)
+        certificates.append(
+            certify_measured(
+                [made.images[i] for i in rows],
+                [names[i] for i in rows],
+                part,
+                latents,
+                pictures,
+                None if details is None else [details[i] for i in rows],
+            )
+        )
+    joined = [Certificate.joined(of_one) if len(parts) > 1 else of_one[0] for of_one in zip(*certificates, strict=True)]
+    return dict(zip(rows, joined, strict=True))

@@ -109,9 +109,9 @@ def _diversity(spread: PairReport) -> Diversity:
     return Diversity(
         prompt=DIVERSITY_PROMPT,
         seeds=[row.seed for row in spread.rows],
-        without=[row.without for row in spread.rows],
+        without=[row.without for row in spread.rows if row.without is not None],
         with_=[row.with_ for row in spread.rows if row.with_ is not None],
-        vendi_without=cast(float, spread.without.vendi),  # the embedded model comes with an encoder
+        vendi_without=cast(float, spread.plain.vendi),  # the embedded model comes with an encoder
         vendi_with=cast(float, spread.with_.vendi),
         radius=cast(float, spread.radius),
     )
@@ -120,14 +120,14 @@ def _diversity(spread: PairReport) -> Diversity:
 def _extra(spread: PairReport) -> dict[str, Any]:
     """Content of `report.json` about part two."""
     return {
-        "vendi_without": spread.without.vendi,
+        "vendi_without": spread.plain.vendi,
         "vendi_with": spread.with_.vendi,
         "diversity": {
             "prompt": DIVERSITY_PROMPT,
             "radius": spread.radius,
-            "min_pair_distance_without": spread.without.min_pair_distance,
+            "min_pair_distance_without": spread.plain.min_pair_distance,
             "min_pair_distance_with": spread.with_.min_pair_distance,
-            "seconds_without": spread.without.seconds,
+            "seconds_without": spread.plain.seconds,
             "seconds_with": spread.with_.seconds,
         },
     }

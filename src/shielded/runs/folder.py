@@ -9,14 +9,15 @@ from typing import Any
 
 from PIL import Image
 
-from shielded.certificates.audit import LOG, AuditLog, read_log
+from shielded.certificates.audit import LOG, AuditLog, log_sha256, read_log
 from shielded.certificates.certificate import attach_certificate, beside, certificate_sha256, file_sha256
 from shielded.files import replacing, write_json
 from shielded.generation import Generated
-from shielded.protected import ProtectedSet
+from shielded.protected import ProtectedSet, parts_of
 from shielded.runs.report import Diversity, diversity_grid, protection_grid, write_report
 from shielded.runs.report.rows import Row
 from shielded.runs.results import PairReport
+from shielded.runs.unfinished import Stage, Unfinished
 
 
 class RunFolder:
@@ -25,33 +26,81 @@ class RunFolder:
     Args:
         path: the folder; files of an earlier run are replaced.
         write: whether this process writes. The other processes of `accelerate launch` write nothing.
+        resume: whether the folder holds a stopped run that goes on.
     """
 
-    def __init__(self, path: Path, write: bool = True) -> None:
+    def __init__(self, path: Path, write: bool = True, resume: bool = False) -> None:
         self.path = path
         self.without = path / "without"
         self.with_ = path / "with"
+        self.resumed = resume
         self._write = write
         self._audit: AuditLog | None = None
+        self._unfinished: Unfinished | None = None
 
     # While the run is under way -------------------------------------------------------------------------------------
 
-    def add(self, folder: Path, made: Generated, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        """Write the images of a finished batch to `without` or `with_`. Refused images are not handed out."""
-        if self._write:
-            folder.mkdir(parents=True, exist_ok=True)
-            for i in made.kept:
-                save_image(made.images[i], folder / image_name(prompts[i], seeds[i]))
+    def start(self, request: dict[str, Any]) -> None:
+        """Keep finished batches from now on, so that the run can go on after a stop.
+
+        Args:
+            request: everything that decides about the images, in JSON types.
+
+        Raises:
+            RequestError: the run that is to go on was another one.
+        """
+        if not self._write:
+            return
+        self._unfinished = Unfinished(self.path)
+        if self.resumed:
+            self._unfinished.require(request)
+        else:
+            self._unfinished.start(request)
+
+    def kept(self, stage: Stage) -> list[tuple[Generated, list[dict[str, Any]]]]:
+        """Read the batches that the stopped run had finished, with their traces."""
+        return self._unfinished.batches(stage) if self._unfinished is not None and self.resumed else []
+
+    def add(self, stage: Stage, made: Generated, names: Sequence[str], trace: Sequence[dict[str, Any]] = ()) -> None:
+        """Write the images of a finished batch. Refused images are not handed out.
+
+        Args:
+            stage: folder to write to.
+            made: the batch.
+            names: of its files.
+            trace: of the batch, for a run that goes on later.
+        """
+        if not self._write:
+            return
+        folder = self.with_ if stage == "with" else self.without
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in made.kept:
+            save_image(made.images[i], folder / names[i])
+        if self._unfinished is not None:
+            self._unfinished.add(stage, made, list(trace))
 
     def start_log(self, settings: dict[str, Any], protected: ProtectedSet | None) -> None:
-        """Begin the audit log beside the images with SPELL. An earlier log is deleted with the images that it lists."""
+        """Begin the audit log beside the images with SPELL.
+
+        An earlier log is deleted with the images that it lists; that of a stopped run is kept, and the new one holds
+        its digest.
+        """
         if not self._write:
             return
         self.with_.mkdir(parents=True, exist_ok=True)
-        _delete_run(self.with_)
-        self._audit = AuditLog(self.with_ / LOG)
-        known = {} if protected is None else {"set": str(protected.path), "version": protected.version}
-        self._audit.append("start", **known, settings=settings)
+        log, earlier = self.with_ / LOG, None
+        if not self.resumed:
+            _delete_run(self.with_)
+        elif log.is_file():
+            earlier = log.with_name(f"{log.stem}-{len(_earlier_logs(self.with_)) + 1}{log.suffix}")
+            log.replace(earlier)
+        self._audit = AuditLog(log)
+        sets = [] if protected is None else parts_of(protected)
+        known = [{"set": str(one.path), "version": one.version} for one in sets]
+        named = {"sets": known} if len(known) > 1 else known[0] if known else {}
+        self._audit.append("start", **named, settings=settings)
+        if earlier is not None:
+            self._audit.append("resumed", earlier=earlier.name, earlier_sha256=log_sha256(earlier))
 
     def log(self, event: str, **content: Any) -> None:
         """Append a line to the audit log, if this process writes it."""
@@ -94,8 +143,11 @@ class RunFolder:
         write_report(page, content, report.rows, diversity, report.spell.trace, call, report.settings)
         write_json(self.path / "report.json", content)
         if report.stopped is not None:
-            report.stopped.add_note(f"{len(report.rows)} of {report.requested} images are finished: {page}")
+            again = "" if self._unfinished is None else " The same command with --resume goes on with it."
+            report.stopped.add_note(f"{len(report.rows)} of {report.requested} images are finished: {page}.{again}")
             raise report.stopped
+        if self._unfinished is not None:
+            self._unfinished.delete()
         return content
 
     def _certified(self, row: Row) -> Row:
@@ -122,16 +174,6 @@ class RunFolder:
         return self._audit.sha256
 
 
-def image_name(prompt: str, seed: int) -> str:
-    """Name the file of an image by the words of its prompt and its seed.
-
-    >>> image_name("a red apple, ripe", 3)
-    'a-red-apple-ripe-3.png'
-    """
-    words = "".join(c if c.isalnum() else " " for c in prompt).split()
-    return f"{'-'.join(words)[:60] or 'image'}-{seed}.png"
-
-
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG file, whole or not at all."""
     with replacing(path) as draft:
@@ -142,9 +184,17 @@ def _delete_run(folder: Path) -> None:
     """Delete the audit log of an earlier run, and the images and certificates that it lists."""
     if not (folder / LOG).is_file():
         return
+    for log in _earlier_logs(folder):
+        log.unlink()
     for record in read_log(folder / LOG)[0]:
         if record.get("event") == "certified":
             image = folder / Path(str(record.get("image"))).name
             image.unlink(missing_ok=True)
             beside(image).unlink(missing_ok=True)
     (folder / LOG).unlink()
+
+
+def _earlier_logs(folder: Path) -> list[Path]:
+    """List the logs of a run before it was stopped."""
+    log = Path(LOG)
+    return sorted(folder.glob(f"{log.stem}-*{log.suffix}"))

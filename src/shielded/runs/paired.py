@@ -2,103 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shielded.evaluation.encoder import encoder_of
 from shielded.generation import Generated, distributed, generate
 from shielded.generation.repair import OnLeak, check_on_leak
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, PROTECTION, VARIETY, VARIETY_RADIUS, call_options, load, preset_of
 from shielded.protected import ProtectedSet
 from shielded.runs.certified import certified_rows, scored_sides
 from shielded.runs.folder import RunFolder
+from shielded.runs.names import image_name
 from shielded.runs.results import PairReport
-from shielded.spell import Calibration, Spell
+from shielded.spell import Spell
 
 Shield = Spell | Callable[[Generated], Spell]
-
-
-def run(
-    out: Path,
-    prompt: str,
-    model: str = DEFAULT_MODEL,
-    protect: Path | None = None,
-    n: int = 4,
-    radius: float | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    overcompensation: float | None = None,
-    device: str | None = None,
-    progress: bool = True,
-    on_leak: OnLeak = "restart",
-    attempts: int = 3,
-    guidance: float | None = None,
-    radius_schedule: Literal["constant", "posterior"] | None = None,
-    calibration: Path | None = None,
-    show_protected: bool = False,
-    window_end: float = 0.0,
-    release: float | None = None,
-    margin: float | None = None,
-) -> dict[str, Any] | None:
-    """Generate n images of one prompt that keep away from a protected set or, without one, from each other.
-
-    With a set, take the settings of `shielded.models.PROTECTION`; without one those of `VARIETY`. Options that are
-    given replace theirs.
-
-    Writes the images with their certificates and an audit log, `grid.png`, `trace.csv`, `report.html` and `report.json`
-    to the folder `out`. Arguments are those of the command line (`shielded generate --help`). The processes of
-    `accelerate launch` share the work.
-
-    A finished batch is written at once. If the run is stopped or fails later, the report covers the images that are
-    finished both without and with SPELL, and the exception goes on with a note that says so.
-
-    Returns:
-        the content of `report.json`; None in a process other than the main one.
-    """
-    joined = distributed.join(device)
-    pipe = load(model, device if joined is None else str(joined))
-    space = LatentSpace.of(pipe)
-    protected = None if protect is None else ProtectedSet.open(protect)
-    push: dict[str, Any] = dict(VARIETY if protected is None else PROTECTION)
-    given = {"overcompensation": overcompensation, "release": release, "margin": margin}
-    push["window"] = (1.0, window_end)
-    push |= {name: value for name, value in given.items() if value is not None}
-    if protected is not None:
-        protected.require_space(space)  # before anything is sampled or written
-    else:
-        radius, on_leak = radius or VARIETY_RADIUS * space.dim**0.5, "report"
-    if calibration is None and (radius_schedule == "posterior" or (radius_schedule is None and protected is not None)):
-        calibration = preset_of(model).calibration
-    error = None if calibration is None else Calibration.load(calibration)
-    spell = Spell(
-        protected, radius, batch=protected is None, **push, radius_schedule=radius_schedule, calibration=error
-    )
-    options = call_options(pipe, model, steps, guidance)
-    folder = RunFolder(out, write=distributed.is_main())
-    report = make_pair(
-        pipe,
-        [prompt] * n,
-        list(range(seed, seed + n)),
-        spell,
-        model=model,
-        options=options,
-        on_leak=on_leak,
-        attempts=attempts,
-        folder=folder,
-        progress=progress,
-        processes=joined is not None,
-        score=True,
-        show_protected=show_protected,
-    )
-    if report is None:
-        return None
-    extra: dict[str, Any] = {"window": list(spell.window), "corrected": report.corrected}
-    if protected is None and len(report.rows) > 1:
-        extra["min_pair_distance_without"] = report.without.min_pair_distance
-        extra["min_pair_distance_with"] = report.with_.min_pair_distance
-    return folder.finish(report, spell_arguments(spell, protect, calibration), extra=extra)
 
 
 def make_pair(
@@ -109,13 +28,19 @@ def make_pair(
     *,
     model: str,
     options: dict[str, Any],
+    inputs: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
+    space: LatentSpace | None = None,
     on_leak: OnLeak = "report",
     attempts: int = 3,
     folder: RunFolder | None = None,
+    names: list[str] | None = None,
     labels: tuple[str, str] = ("without SPELL", "with SPELL"),
     progress: bool = False,
     processes: bool = False,
     batch_size: int = 16,
+    one_prompt: bool = False,
+    compare: bool = True,
     on_step: Callable[[str, Any, int], None] | None = None,
     score: bool = False,
     show_protected: bool = False,
@@ -131,13 +56,20 @@ def make_pair(
         spell: the correction, or a function that makes it from the images without SPELL.
         model: name of the model, for certificates and for its encoder.
         options: steps and what the pipeline takes besides, in JSON types; certificates hold them.
+        inputs: what the pipeline takes besides and is not in JSON types.
+        files: what certificates say of the files that went in.
+        space: of the latents; None: that of the pipeline at the size of the options.
         on_leak: what to do with images inside a shield; see `generate`.
         attempts: limit on how often an image is sampled.
-        folder: writes finished batches and the audit log at once; None: nothing is written.
+        folder: writes finished batches and the audit log at once; None: nothing is written. If it was started, what a
+            stopped run has finished is not sampled again.
+        names: of the image files, one per image; None: by prompt and seed.
         labels: text in front of the two progress bars.
-        progress: whether progress bars are shown.
+        progress: whether progress is shown.
         processes: share the work among the processes that `distributed.join` has joined. They are left after sampling.
         batch_size: images per batch.
+        one_prompt: end batches where the prompt changes; see `generate`.
+        compare: False: only the run with SPELL; `spell` is no function then.
         on_step: called with the label, the pipeline and the index of each finished step.
         score: whether to compute Vendi scores, if the model comes with an encoder.
         show_protected: whether rows hold the protected pictures that the certificates name.
@@ -152,43 +84,52 @@ def make_pair(
     main = distributed.is_main()
     if isinstance(spell, Spell):
         check_on_leak(on_leak, attempts, spell)
-    call: dict[str, Any] = {**options, "batch_size": batch_size, "progress": progress and main, "processes": processes}
-    plain, shielded = [], []  # finished batches
-    trace: list[dict[str, Any]] = []
+    space = space or LatentSpace.of(pipe, options.get("height"), options.get("width"))
+    names = names or [image_name(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    call: dict[str, Any] = {**options, **(inputs or {}), "batch_size": batch_size, "one_prompt": one_prompt}
+    call |= {"progress": progress and main, "processes": processes}
+    kept = {stage: [] if folder is None else folder.kept(stage) for stage in ("without", "with")}
+    plain, shielded = ([made for made, _ in kept[stage]] for stage in ("without", "with"))  # finished batches
+    trace: list[dict[str, Any]] = [row for _, rows in kept["with"] for row in rows]
     settings: dict[str, Any] = {}
 
     def add_plain(batch: Generated) -> None:
         if folder is not None:
-            folder.add(folder.without, batch, *_following(plain, prompts, seeds))
+            folder.add("without", batch, names[_size(plain) :])
         plain.append(batch)
 
     def add_shielded(batch: Generated) -> None:
-        trace.extend({**row, "image": row["image"] + _size(shielded)} for row in correction.trace)
+        rows = [{**row, "image": row["image"] + _size(shielded)} for row in correction.trace]
+        trace.extend(rows)
         if folder is not None:
-            folder.add(folder.with_, batch, *_following(shielded, prompts, seeds))
+            folder.add("with", batch, names[_size(shielded) :], rows)
         shielded.append(batch)
+
+    def rest(made: list[Generated]) -> dict[str, Any]:
+        done = _size(made)
+        return {"prompts": prompts[done:], "seeds": seeds[done:], "first": done}
 
     stopped: BaseException | None = None
     try:
-        whole = generate(
-            pipe, prompts, seeds, label=labels[0], finished=add_plain, **call, **_steps(on_step, labels[0])
-        )
-        correction = spell if isinstance(spell, Spell) else spell(whole)
-        settings = settings_of(correction, pipe, model, on_leak, attempts, options)
+        if compare and _size(plain) < len(prompts):
+            generate(pipe, **rest(plain), label=labels[0], finished=add_plain, **call, **_steps(on_step, labels[0]))
+        correction = spell if isinstance(spell, Spell) else spell(Generated.joined(plain))
+        settings = settings_of(correction, pipe, model, on_leak, attempts, {**options, **(files or {})})
         protected = correction.protected if isinstance(correction.protected, ProtectedSet) else None
         if folder is not None:
             folder.start_log(settings, protected)
         call |= {"on_leak": on_leak, "attempts": attempts, "log": folder.log if folder is not None and main else None}
-        generate(
-            pipe,
-            prompts,
-            seeds,
-            correction,
-            label=labels[1],
-            finished=add_shielded,
-            **call,
-            **_steps(on_step, labels[1]),
-        )
+        if _size(shielded) < len(prompts):
+            generate(
+                pipe,
+                spell=correction,
+                **rest(shielded),
+                label=labels[1],
+                finished=add_shielded,
+                space=space,
+                **call,
+                **_steps(on_step, labels[1]),
+            )
         if processes:
             distributed.leave()
     except (Exception, KeyboardInterrupt) as error:
@@ -203,11 +144,11 @@ def make_pair(
         return None
     correction.trace = trace
     after = Generated.joined(shielded)
-    before = whole.first(len(after.images))
-    rows = certified_rows(LatentSpace.of(pipe), before, after, correction, prompts, seeds, settings, show_protected)
+    before = Generated.joined(plain).first(len(after.images)) if compare else None
+    rows = certified_rows(space, before, after, correction, prompts, seeds, names, settings, show_protected)
     return PairReport(
         rows,
-        *scored_sides(before, after, encoder_of(model) if score else None),
+        *scored_sides(before, after, encoder_of(model) if score else None, prompts),
         correction,
         settings,
         len(prompts),
@@ -240,16 +181,17 @@ def settings_of(
 
 
 def spell_arguments(
-    spell: Spell, protected: Path | str | None = None, calibration: Path | None = None
+    spell: Spell, protected: Path | str | Sequence[str] | None = None, calibration: Path | None = None
 ) -> dict[str, Any]:
     """List the keyword arguments with which a reader of the page makes this Spell again.
 
     Args:
         spell: with one radius, or with those of its set.
-        protected: path of its set, as the reader opens it.
+        protected: path of its set, as the reader opens it; or those of several sets.
         calibration: file of its calibration.
     """
-    call: dict[str, Any] = {} if protected is None else {"protected": str(protected)}
+    paths = str(protected) if isinstance(protected, str | Path) else protected
+    call: dict[str, Any] = {} if paths is None else {"protected": paths}
     call |= {"radius": spell.radius, "overcompensation": spell.overcompensation, "batch": spell.batch}
     call |= {"window": spell.window} if spell.window != (1.0, 0.0) else {}
     call |= {"radius_schedule": spell.radius_schedule} if spell.radius_schedule is not None else {}
@@ -266,13 +208,6 @@ def spell_arguments(
 
 def _size(batches: Sequence[Generated]) -> int:
     return sum(len(batch.images) for batch in batches)
-
-
-def _following(
-    batches: Sequence[Generated], prompts: list[str], seeds: list[int]
-) -> tuple[Sequence[str], Sequence[int]]:
-    """Prompts and seeds of the batch after these."""
-    return prompts[_size(batches) :], seeds[_size(batches) :]
 
 
 def _steps(on_step: Callable[[str, Any, int], None] | None, label: str) -> dict[str, Any]:

@@ -23,17 +23,24 @@ class Side:
     Args:
         latents: (B, *S) finished latents, those of refused images included.
         seconds: wall-clock time.
-        vendi: Vendi score of the images that were kept; None: not computed.
+        vendi: Vendi score of the images that were kept, averaged over prompts; None: not computed.
+        prompts: one per latent; None: all have the same.
     """
 
     latents: Tensor
     seconds: float
     vendi: float | None = None
+    prompts: Sequence[str] | None = None
 
     @cached_property
     def min_pair_distance(self) -> float | None:
-        """Smallest L2 distance between the latents of two images; None for a single image."""
-        return torch.pdist(self.latents.double().flatten(1)).min().item() if len(self.latents) > 1 else None
+        """Smallest L2 distance between the latents of two images of one prompt; None if no prompt has two."""
+        groups: dict[str, list[int]] = {}
+        for i, prompt in enumerate(self.prompts or [""] * len(self.latents)):
+            groups.setdefault(prompt, []).append(i)
+        vectors = self.latents.double().flatten(1)
+        pairs = [torch.pdist(vectors[rows]).min().item() for rows in groups.values() if len(rows) > 1]
+        return min(pairs, default=None)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class PairReport:
 
     Args:
         rows: one per prompt and seed that is finished in both runs.
-        without: the run of the model alone.
+        without: the run of the model alone; None: it was left out.
         with_: the run with SPELL.
         spell: the correction; its trace covers all rows.
         settings: how the images were made, in JSON types, as certificates hold it.
@@ -51,12 +58,18 @@ class PairReport:
     """
 
     rows: list[Row]
-    without: Side
+    without: Side | None
     with_: Side
     spell: Spell
     settings: dict[str, Any]
     requested: int
     stopped: BaseException | None = None
+
+    @property
+    def plain(self) -> Side:
+        """The run of the model alone, where it was not left out."""
+        assert self.without is not None
+        return self.without
 
     @property
     def protected(self) -> ProtectedSet | None:
@@ -83,8 +96,8 @@ class PairReport:
 
     @property
     def leaks_without(self) -> int | None:
-        """Number of images of the model alone that lie inside a shield; None without a set."""
-        return None if self.protected is None else leaks(self.certificates_without)
+        """Number of images of the model alone that lie inside a shield; None without a set or without them."""
+        return None if self.protected is None or self.without is None else leaks(self.certificates_without)
 
     @property
     def leaks_with(self) -> int | None:
@@ -123,9 +136,10 @@ class PairReport:
             "min_distance_with": _least(c.nearest_distance for c in after),
             "min_decoded_distance_without": _least(c.decoded_distance for c in before),
             "min_decoded_distance_with": _least(c.decoded_distance for c in after),
-            "vendi_without": self.without.vendi,
+            "compared": self.without is not None,
+            "vendi_without": None if self.without is None else self.without.vendi,
             "vendi_with": self.with_.vendi,
-            "seconds_without": self.without.seconds,
+            "seconds_without": None if self.without is None else self.without.seconds,
             "seconds_with": self.with_.seconds,
             "samplings": sum(row.attempts for row in self.rows),
             "restarted": _count(self.rows, "restart"),

@@ -145,13 +145,13 @@ class Session:
         """Protect the exact latents of the images that the last run made without SPELL."""
         if self.last is None:
             raise ValueError("generate something first; then its images can be protected.")
-        rows, latents = self.last.rows, self.last.without.latents
+        rows, latents = self.last.rows, self.last.plain.latents
         digests = [sha256(row.numpy().tobytes()) for row in latents]
         known = set(self.protected.sha256)
         new = [i for i, digest in enumerate(digests) if digest not in known]
         if new:
             names = [f"{rows[i].prompt}, seed {rows[i].seed}" for i in new]
-            previews = [rows[i].without.copy() for i in new]
+            previews = [cast(Image.Image, rows[i].without).copy() for i in new]
             for preview in previews:
                 preview.thumbnail((PREVIEW, PREVIEW))
             self._protect(lambda: latents[new], previews, names, [digests[i] for i in new])
@@ -231,7 +231,7 @@ class Session:
         pair = self.last = cast(PairReport, pair)  # one process
         folder.finish(pair, spell_arguments(spell))
         return Result(
-            [row.without for row in pair.rows],
+            [row.without for row in pair.rows if row.without is not None],
             [row.with_ for row in pair.rows],
             [_table_row(row) for row in pair.rows],
             _summary(pair),
@@ -331,7 +331,7 @@ def _summary(pair: PairReport) -> str:
         lines.append(f"{len(pair.unresolved)} are still inside a shield or closer than the radius to another image.")
     if pair.refused:
         lines.append(f"{len(pair.refused)} could not be brought outside and are refused: they are not shown.")
-    before, after = pair.without.min_pair_distance, pair.with_.min_pair_distance
+    before, after = pair.plain.min_pair_distance, pair.with_.min_pair_distance
     if before is not None and after is not None:
         lines.append(f"The two images that are most alike: {before:.1f} apart without, {after:.1f} with.")
     trace = pair.spell.trace

@@ -67,11 +67,13 @@ def _pictures(report: Mapping, rows: Sequence[Row]) -> dict[str, object]:
         return {}
     radius = report.get("radius")
     text = "Same prompt, same seed: the upper picture is the model's own, the lower one is made with SPELL."
+    if rows[0].without is None:
+        text = "Pictures made with SPELL."
     if any(known(row.distance_without) or known(row.distance_with) for row in rows):
         text += " The number is the distance to the nearest protected image"
         text += "." if radius is None else f"; below {number(radius)} it lies inside a shield."
     galleries = [
-        _gallery(prompt, [(row.seed, row.pictures) for row in group], group[0].without)
+        _gallery(prompt, [(row.seed, row.pictures) for row in group], group[0].without or group[0].with_)
         for prompt, group in by_prompt(rows).items()
     ]
     return {"text": text, "galleries": galleries}
@@ -168,10 +170,13 @@ def _certificate(c: Mapping) -> dict[str, object]:
 # Pieces.
 
 
-def _gallery(prompt: str, figures: Sequence[tuple[int, Sequence[Figure]]], example: Image.Image) -> dict[str, object]:
+def _gallery(
+    prompt: str, figures: Sequence[tuple[int, Sequence[Figure]]], example: Image.Image | None
+) -> dict[str, object]:
     cards = [{"seed": seed, "figures": [_figure(f, prompt, seed) for f in group]} for seed, group in figures]
     # At most four or large pictures get more room; eight small ones fit next to each other on a wide screen.
-    return {"prompt": prompt, "cell": 208 if len(cards) <= 4 or max(example.size) > 128 else 120, "cards": cards}
+    large = example is not None and max(example.size) > 128
+    return {"prompt": prompt, "cell": 208 if len(cards) <= 4 or large else 120, "cards": cards}
 
 
 def _figure(figure: Figure, prompt: str, seed: int) -> dict[str, object]:

@@ -38,8 +38,11 @@ def protection_grid(rows: Sequence[Row], radius: float | None = None) -> Image.I
     note = "" if radius is None else f"radius {number(radius)}"
     blocks = []
     for prompt, group in by_prompt(rows).items():
-        without, with_, *_ = zip(*(row.pictures for row in group), strict=False)
-        lines = [_Line("without SPELL", without), _Line("with SPELL", with_)]
+        labels = [figure.label for figure in group[0].pictures if figure.label != "nearest protected"]
+        lines = [
+            _Line(label, figures)
+            for label, figures in zip(labels, zip(*(row.pictures for row in group), strict=False), strict=False)
+        ]
         if any(row.protected for row in group):
             lines.append(_Line("nearest protected image", [Figure("", row.protected) for row in group]))
         blocks.append(_block(prompt, note, [r.seed for r in group], lines, cell))
@@ -130,7 +133,7 @@ def _picture(sheet: Image.Image, corner: tuple[int, int], picture: Figure, cell:
 
 def _cell_size(images: Sequence[Image.Image]) -> tuple[int, int]:
     """Width and height of a picture in the grid: the largest one, scaled to a longer side of 128 to 256 pixels."""
-    width, height = max(image.width for image in images), max(image.height for image in images)
+    width, height = (max((size[axis] for size in (image.size for image in images)), default=128) for axis in (0, 1))
     scale = min(max(128, width, height), 256) / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
 

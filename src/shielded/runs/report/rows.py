@@ -34,7 +34,7 @@ class Row:
     Args:
         prompt: text the images were made from.
         seed: seed of both images.
-        without: image of the model alone.
+        without: image of the model alone; None if there is none to compare with.
         with_: image of the same seed with SPELL; None if it was refused.
         certificate_without: measurement of `without` against the protected set; None without a set.
         certificate_with: measurement of `with_`; None without a set, or if the image was refused.
@@ -46,7 +46,7 @@ class Row:
 
     prompt: str
     seed: int
-    without: Image.Image
+    without: Image.Image | None
     with_: Image.Image | None
     certificate_without: Certificate | None = None
     certificate_with: Certificate | None = None
@@ -74,6 +74,7 @@ class Row:
             Figure("without SPELL", self.without, caption(before), _leaked(before)),
             Figure("with SPELL", self.with_, refused or caption(after), _leaked(after)),
         ]
+        pictures = pictures[self.without is None :]
         return pictures if self.protected is None else [*pictures, Figure("nearest protected", self.protected)]
 
 

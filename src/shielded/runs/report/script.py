@@ -10,7 +10,8 @@ from shielded.models import GUIDANCE_OPTIONS
 from shielded.runs.report.rows import Row
 
 _READERS = {"protected": "ProtectedSet", "calibration": "Calibration"}  # setting that is a file -> class that reads it
-_CALL_ARGUMENTS = {"steps": "num_inference_steps", **{name: name for name in GUIDANCE_OPTIONS}}
+_AS_THEY_ARE = (*GUIDANCE_OPTIONS, "height", "width", "strength")
+_CALL_ARGUMENTS = {"steps": "num_inference_steps", **{name: name for name in _AS_THEY_ARE}}
 
 
 def script_of(
@@ -27,7 +28,10 @@ def script_of(
     Raises:
         TypeError: a setting is not plain data.
     """
+    several = isinstance(settings.get("protected"), list)
     names = [name for key, name in _READERS.items() if settings.get(key) is not None]
+    if several:
+        names.remove("ProtectedSet")
     imports = [f"from shielded import {', '.join(sorted([*names, 'Spell']))}"]
     call = [repr(report.get("prompt") or "a prompt")]
     if report.get("n") is not None:
@@ -39,9 +43,13 @@ def script_of(
         setup += "generators = [torch.Generator().manual_seed(seed) for seed in seeds]\n"
         call = ["prompts", "generator=generators"]
     call += [f"{name}={made_with[key]!r}" for key, name in _CALL_ARGUMENTS.items() if key in made_with]
+    if "negative_prompt" in made_with:
+        call.append(f"negative_prompt=[{made_with['negative_prompt']!r}] * {len(rows) or 1}")
     if "model" in made_with:
         imports.append("from shielded.models import load")
         setup = f"pipe = load({made_with['model']!r})\n{setup}"
+    if several:
+        imports.append("from shielded.protected import open_sets")
     arguments = "\n".join(f"    {name}={_literal(name, value)}," for name, value in settings.items())
     return "\n".join(imports) + (
         f"\n\n{setup}spell = Spell(\n{arguments}\n)\n"
@@ -60,6 +68,8 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _literal(name: str, value: object) -> str:
+    if name == "protected" and isinstance(value, list):
+        return f"open_sets({value!r})"
     if name in _READERS and isinstance(value, str | Path):
         return f"{_READERS[name]}.{'open' if name == 'protected' else 'load'}({str(value)!r})"
     if value is None or isinstance(value, bool | int | float | str | tuple | list):

@@ -31,6 +31,8 @@ def lead(report: Mapping) -> str:
     subject = ("The images" if n is None else counted(n, "image")) + (f" of “{prompt}”" if prompt else "")
     verb, seeds = ("was", "seed") if n == 1 else ("were", "seeds")
     sentences = [f"{subject} {verb} generated twice from the same {seeds}: by the model alone, and with SPELL."]
+    if report.get("compared") is False:
+        sentences = [f"{subject} {verb} generated with SPELL, and not without it, so there is nothing to compare with."]
     pairs = report.get("min_pair_distance_without"), report.get("min_pair_distance_with")
     if None not in pairs:
         sentences.append(
