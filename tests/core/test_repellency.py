@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shielded import LatentSpace, ProtectedSet, Spell
-from shielded.core import references, sketch
+from shielded.core import correction, references, sketch
 from shielded.core.correction import project_correction, repellency
 from shielded.core.distances import distances_of, squared_distances
 from shielded.core.pairs import active_pairs, project_pairs, sum_pairs
@@ -378,6 +378,22 @@ def test_a_scan_finds_what_float64_finds(monkeypatch, setting, scale, nearest, s
             assert torch.equal(torch.stack([hits.query, hits.row]), expected.nonzero().T)
             torch.testing.assert_close(hits.distance, true[expected], rtol=1e-8, atol=0)
             torch.testing.assert_close(hits.radius, limit[expected], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first", [3, 20])
+def test_few_shields_at_first_lead_to_the_same_move(monkeypatch, first):
+    """What is known of the move out of some shields speeds up the next rounds and does not change where they end."""
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(150, 400, generator=generator)
+    x = torch.cat([0.2 * torch.randn(6, 400, generator=generator), z[:2] + 0.02 * z[2:4]])
+    radius = torch.linspace(0.9, 1.1, 150) * distances(x, z).median()
+    expected = repellency(x, z, radius, overlap="project")
+    monkeypatch.setattr(correction, "_MAX_NEW_SHIELDS", first)
+    monkeypatch.setattr(correction, "_MAX_ROUNDS", 60)
+    found = repellency(x, z, radius, overlap="project")
+    assert (distances(x + found, z) >= (1 - 1e-5) * radius).all()
+    torch.testing.assert_close(found.norm(dim=1), expected.norm(dim=1), rtol=2e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", ["random", "equal", "in a plane", "far away", "tiny", "huge"])

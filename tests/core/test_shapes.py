@@ -173,7 +173,8 @@ def test_projection(core, count):
     radius = radius + 0.5
     valid = torch.ones(count, COUNT, dtype=torch.bool)
     core.non_negative_quadratic(gram, radius, valid, valid)
-    multipliers = core.smallest_move(gram, distance, radius, valid, valid)
+    multipliers, least = core.smallest_move(gram, distance, radius, valid, valid)
+    core.smallest_move(gram, distance, radius, valid, valid, multipliers > 0, least)
     core.stays_inside(gram, multipliers, distance, radius, valid)
     core.escape_length(distance, radius)
     core.way_out(gram, multipliers, distance, radius, valid, 0 * distance, radius[:, 0])

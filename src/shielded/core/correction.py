@@ -89,7 +89,7 @@ def project_correction(
     inside = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     inside[hits.query] = True
     exact = torch.zeros_like(inside)
-    chosen, found = hits[:0], hits
+    chosen, found, known = hits[:0], hits, _Known(len(x0), x0.device)
     for attempt in range(_MAX_ROUNDS):
         fresh = deepest(unknown(found, chosen), _MAX_NEW_SHIELDS)
         new = torch.zeros_like(inside)
@@ -107,7 +107,7 @@ def project_correction(
             if attempt:  # new shields were measured from where the move led
                 group_hits.distance = group.distances()
             for shields in _padded(group, group_hits):
-                _solve(group, shields, exact[group.query[shields.image]])
+                _solve(group, shields, exact[group.query[shields.image]], known)
             delta[group.query] = 0
             group.add_move(delta)
         moved = delta[rows].add_(x0[rows])
@@ -193,10 +193,10 @@ class _Group:
 
     def __init__(self, x0: Tensor, references: References, hits: Hits, noise: Tensor) -> None:
         self.query, self.image = hits.query.unique_consecutive(return_inverse=True)  # (n,) rows of x0; (P,)
-        rows, self.column = hits.row.unique(return_inverse=True)  # (m,); (P,)
+        self.rows, self.column = hits.row.unique(return_inverse=True)  # (m,); (P,)
         self.x = x0 if len(self.query) == len(x0) else x0[self.query]  # (n, D)
-        self.z = references.vectors(rows)  # (m, D)
-        self.weight = torch.zeros(len(self.query), len(rows), dtype=torch.float64, device=x0.device)
+        self.z = references.vectors(self.rows)  # (m, D)
+        self.weight = torch.zeros(len(self.query), len(self.rows), dtype=torch.float64, device=x0.device)
         self.along = self.weight.new_zeros(len(self.query))
         self._noise = noise
 
@@ -289,8 +289,36 @@ def _padded(group: _Group, hits: Hits) -> Iterator[_Shields]:
         first = last
 
 
-def _solve(group: _Group, shields: _Shields, exact: Tensor) -> None:
-    """Set the group's weights to the smallest moves out of the given shields."""
+class _Known:
+    """What the moves out of some shields tell of those out of more: how long they are, and which shields they touch.
+
+    Args:
+        count: B.
+        device: of the tensors.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._least = torch.zeros(count, dtype=torch.float64, device=device)
+        self._touched = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def of(self, query: Tensor, row: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Guess which of the shields (n, A) of images (n,) are touched, and bound ‖h‖² (n,) from below."""
+        if not len(self._touched):
+            return None, None
+        return torch.isin(self._key(query, row), self._touched), self._least[query]
+
+    def add(self, query: Tensor, row: Tensor, touched: Tensor, least: Tensor) -> None:
+        """Keep which of the shields (n, A) are touched, and the bound (n,)."""
+        self._touched = torch.cat([self._touched, self._key(query, row)[touched]])
+        self._least[query] = least
+
+    @staticmethod
+    def _key(query: Tensor, row: Tensor) -> Tensor:
+        return (query[:, None] << 32) + row
+
+
+def _solve(group: _Group, shields: _Shields, exact: Tensor, known: _Known) -> None:
+    """Set the group's weights to the smallest moves out of the given shields; use what is known, and add to it."""
     image, distance, radius, directed = shields.image, shields.distance, shields.radius, shields.directed
     if distance.shape[1] == 1:  # the formula itself: a projection onto the shell
         multipliers = radius - distance
@@ -299,7 +327,10 @@ def _solve(group: _Group, shields: _Shields, exact: Tensor) -> None:
     else:
         radius = radius * (1 + 3e-6)  # margin for the rounding of x0 + h in float32
         gram = _normals(group, shields, exact)
-        multipliers = smallest_move(gram, distance, radius, shields.valid, directed)
+        query, row = group.query[image], group.rows[shields.column]
+        guess, least = known.of(query, row)
+        multipliers, least = smallest_move(gram, distance, radius, shields.valid, directed, guess, least)
+        known.add(query, row, multipliers > 0, least)
         stuck = stays_inside(gram, multipliers, distance, radius, shields.valid).nonzero().flatten()
         if len(stuck):
             noise = torch.where(directed, group.noise_across[image[:, None], shields.column] / distance, 0)

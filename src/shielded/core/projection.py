@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64
 
 _RIDGE = 1e-11  # keeps the linear systems solvable when references coincide or oppose each other
+_SAFETY = 1e-9  # share by which rounding may have raised an earlier bound
 _EXCHANGE_ROUNDS = 30
 _NEWTON_ROUNDS = 25
 
@@ -55,14 +56,12 @@ def non_negative_quadratic(
     order = torch.arange(size, device=target.device)
     open_rows = torch.arange(n, device=target.device)  # not solved yet
     for _ in range(_EXCHANGE_ROUNDS):
-        free = passive[open_rows]
-        system = gram[open_rows] * (free[:, :, None] & free[:, None, :])
-        system = system + torch.diag_embed(torch.where(free, _RIDGE, 1.0).to(gram.dtype))
-        multipliers = torch.linalg.solve(system, (target[open_rows] * free).unsqueeze(-1)).squeeze(-1) * free
+        free, wanted = passive[open_rows], target[open_rows]
+        multipliers, inner = _solved(gram, wanted, free, open_rows)
         result[open_rows] = multipliers
-        slack = (gram[open_rows] @ multipliers.unsqueeze(-1)).squeeze(-1) - target[open_rows]
+        slack = inner - wanted
         # The rounding error of the sum, entry by entry: near a coincidence the target has another magnitude.
-        rounding = 1e-10 * target[open_rows].abs() + 1e-14 * multipliers.abs().sum(dim=1, keepdim=True)
+        rounding = 1e-10 * wanted.abs() + 1e-14 * multipliers.abs().sum(dim=1, keepdim=True)
         wrong = valid[open_rows] & torch.where(free, multipliers < 0, slack < -rounding)
         count = wrong.sum(dim=1)
         unsolved = count > 0
@@ -78,13 +77,32 @@ def non_negative_quadratic(
     return result.clamp(min=0), passive
 
 
+def _solved(gram: Tensor, target: Tensor, free: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve for the free entries ν (m, A) of some rows (m,) of a batch, the others being 0; return ν and gram ν.
+
+    Few entries are free, so the systems consist of these alone, padded to the same number.
+    """
+    count = free.sum(dim=1, keepdim=True)
+    first = free.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(1, int(count.max()))]
+    taken = torch.arange(first.shape[1], device=free.device) < count
+    lines = gram[rows[:, None], first]  # (m, F, A)
+    system = lines.gather(2, first[:, None, :].expand(-1, first.shape[1], -1))
+    system *= taken[:, :, None] & taken[:, None, :]
+    system += torch.diag_embed(torch.where(taken, _RIDGE, 1.0).to(gram.dtype))
+    solution = torch.linalg.solve(system, (target.gather(1, first) * taken).unsqueeze(-1)).squeeze(-1) * taken
+    inner = (solution.unsqueeze(1) @ lines).squeeze(1)
+    return torch.zeros_like(target).scatter_(1, first, solution), inner
+
+
 def smallest_move(
     gram: Float64[Tensor, "n a a"],
     distance: Float64[Tensor, "n a"],
     radius: Float64[Tensor, "n a"],
     valid: Bool[Tensor, "n a"],
     directed: Bool[Tensor, "n a"],
-) -> Float64[Tensor, "n a"]:
+    guess: Bool[Tensor, "n a"] | None = None,
+    least: Float64[Tensor, " n"] | None = None,
+) -> tuple[Float64[Tensor, "n a"], Float64[Tensor, " n"]]:
     """Compute multipliers ν of the smallest move out of all shields, h = Σ_k ν_k u_k with u_k = (x0 − z_k)/d_k.
 
     Args:
@@ -93,10 +111,12 @@ def smallest_move(
         radius: (n, A) float64.
         valid: (n, A) bool, False marks padding.
         directed: (n, A) bool, valid and d_k > 0; the others only demand that ‖h‖ reaches r_k.
+        guess: (n, A) bool, where ν > 0 is expected; None: nothing is known. It saves time and changes no result.
+        least: (n,) what ‖h‖² is known to reach, from the move out of some of these shields; None: nothing is known.
 
     Returns:
-        (n, A) float64, non-negative. Where the normals oppose each other, Σ ν_k u_k alone does not leave all shields;
-        `way_out` adds a step at a right angle to them.
+        ν (n, A), non-negative, and what ‖h‖² reaches at least (n,). Where the normals oppose each other, Σ ν_k u_k
+        alone does not leave all shields; `way_out` adds a step at a right angle to them.
     """
     scale = torch.where(valid, radius, 0).amax(dim=1, keepdim=True)
     deepest = torch.where(valid, (radius - distance) / scale, 0).clamp(min=0).amax(dim=1, keepdim=True)
@@ -105,16 +125,19 @@ def smallest_move(
     excess = (radius.square() - distance.square()) / (2 * distance)  # u_k·h ≥ excess − ρ slope
     slope = 1 / (2 * distance)
     bound = deepest.square()  # leaving the deepest shield alone takes this much
+    if least is not None:
+        bound = torch.maximum(bound, (1 - _SAFETY) * least[:, None] / scale.square())
     result = torch.zeros_like(distance)
-    passive = directed & (excess > bound * slope)
+    passive = directed & (excess > bound * slope if guess is None else guess)
     open_rows = torch.arange(len(distance), device=distance.device)  # whose bound still rises
     for _ in range(_NEWTON_ROUNDS):
         target = (excess[open_rows] - bound[open_rows] * slope[open_rows]) * directed[open_rows]
+        open_gram = gram if len(open_rows) == len(gram) else gram[open_rows]
         multipliers, passive[open_rows] = non_negative_quadratic(
-            gram[open_rows], target, passive[open_rows], directed[open_rows]
+            open_gram, target, passive[open_rows], directed[open_rows]
         )
         result[open_rows] = multipliers
-        energy = (multipliers * (gram[open_rows] @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(dim=1)
+        energy = (multipliers * _times(open_gram, multipliers)).sum(dim=1)
         gain = (multipliers * excess[open_rows]).sum(dim=1) - energy / 2
         ratio = gain / (0.5 + (multipliers * slope[open_rows]).sum(dim=1))
         rises = ratio > bound[open_rows, 0] * (1 + 1e-12)
@@ -122,7 +145,7 @@ def smallest_move(
         open_rows = open_rows[rises]
         if not len(open_rows):
             break
-    return result * scale
+    return result * scale, (bound * scale.square()).squeeze(1)
 
 
 def stays_inside(
