@@ -20,16 +20,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     draft = target.with_name(target.name + ".tmp")
+    with naming(target):
+        try:
+            yield draft
+            sync(draft)
+            os.replace(draft, target)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
+        if os.name == "posix":
+            sync(target.parent)
+
+
+@contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """Let errors of the system name the file that was to be written, or its folder if that is gone."""
     try:
-        yield draft
-        sync(draft)
-        os.replace(draft, target)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
+        yield
+    except OSError as error:
+        if error.errno is None:  # raised by this package, with a sentence
+            raise
+        if not target.parent.is_dir():
+            raise OSError(f"{target.parent} is gone, so {target.name} could not be written.") from error
+        if error.filename is None or str(error.filename).endswith(".tmp"):
+            error.filename, error.filename2 = str(target), None
         raise
-    if os.name == "posix":
-        sync(target.parent)
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,8 @@
 """`shielded generate` with all its options, on a small random model and on the embedded one."""
 
+import errno
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from helpers.models import LAYER, low_rank, save_lora, save_model
+from shielded import files
 from shielded.certificates import read_log
 from shielded.cli import app
 from shielded.generation import sampling
@@ -410,3 +413,39 @@ def test_sets_without_a_radius_and_foreign_ones_are_refused(run, tmp_path, prote
     run("owl", "--protect", tmp_path / "foreign", code=2)
     assert "differ" in run("owl", "--protect", protect("set"), "--protect", tmp_path / "foreign", code=2).stderr
     assert not (tmp_path / "out").exists()
+
+
+# Disks and folders that fail ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writes", [0, 3, 9])
+def test_a_full_disk_is_one_sentence_and_nothing_is_half_written(run, tmp_path, monkeypatch, writes):
+    synced, count = files.sync, iter(range(100))
+
+    def full(path):
+        if next(count) >= writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synced(path)
+
+    monkeypatch.setattr(files, "sync", full)
+    result = run("owl", "-n", "2", "--quiet", code=1)
+    assert result.stderr.count("\n") == 1
+    assert re.match(rf"Error: {tmp_path}/out/\S+: No space left on device\.", result.stderr)
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    for path in (tmp_path / "out").rglob("*.png"):
+        Image.open(path).load()
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_folder_that_vanishes_is_one_sentence(run, tmp_path, monkeypatch, batches):
+    sample, count = sampling._sample, iter(range(100))
+
+    def vanishing(*arguments):
+        if next(count) == batches:
+            shutil.rmtree(tmp_path / "out")
+        return sample(*arguments)
+
+    monkeypatch.setattr(sampling, "_sample", vanishing)
+    result = run("owl", "-n", "2", "--batch", "1", "--quiet", code=1)
+    assert result.stderr.count("\n") == 1
+    assert re.match(rf"Error: {tmp_path}/out\S* is gone", result.stderr)

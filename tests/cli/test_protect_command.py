@@ -240,3 +240,39 @@ def test_kill_9_in_the_middle(tmp_path, monkeypatch, renames, version):
     resumed.compact()
     assert not list(target.glob("*.tmp"))
     assert not (target / store.UNFINISHED).exists()
+
+
+def test_compact_says_what_it_deleted(pictures, target):
+    run(pictures, "--out", target)
+    assert "Deleted" not in run("--out", target, "--remove", "b").stdout
+    result = run_json("--out", target, "--compact")
+    assert (result["deleted"], result["removed"], result["size"]) == (1, 0, 2)
+    assert "Deleted from disk: 0 removed images." in run("--out", target, "--compact").stdout
+    assert "Deleted from disk: 1 removed image (" in run("--out", target, "--remove", "a", "--compact").stdout
+
+
+def test_the_id_that_stands_for_a_duplicate_is_named(pictures, target):
+    (pictures / "twin.png").write_bytes((pictures / "b.png").read_bytes())
+    first = run_json(pictures, "--out", target)
+    assert [first[name] for name in ("found", "new", "present", "added")] == [4, 3, 1, 3]
+    again = run_json(pictures, "--out", target, "--add")
+    assert [again[name] for name in ("found", "new", "present", "added")] == [4, 0, 4, 0]
+    for name in ("twin", pictures / "twin.png"):
+        error = run("--out", target, "--remove", name, code=2).stderr
+        assert f"{name} has the same content as b, which stands for both; --remove b." in error
+    assert ProtectedSet.open(target).ids == ["a", "b", "c"]
+
+
+def test_the_grid_of_a_run_is_no_picture_of_it(pictures, target):
+    run_folder = pictures.parent / "run"
+    for side in ("without", "with"):
+        (run_folder / side).mkdir(parents=True)
+    for name, source in (("without/owl-0.png", "a"), ("with/owl-0.png", "b"), ("grid.png", "c")):
+        (run_folder / name).write_bytes((pictures / f"{source}.png").read_bytes())
+    (run_folder / "report.json").write_text("{}")
+    result = run_json(run_folder, "--out", target)
+    assert (result["found"], result["added"]) == (2, 2)
+    assert result["not_looked_at"]["picture grids of a run"] == 1
+    assert "grid" not in ProtectedSet.open(target).ids
+    (pictures / "grid.png").write_bytes((pictures / "c.png").read_bytes() + b" ")
+    assert "grid" in ProtectedSet.open(target).ids or run_json(pictures, "--out", target, "--add")["added"] == 2

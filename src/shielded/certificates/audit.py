@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shielded.certificates.reading import COUNT, DIGEST, FILE_NAME, OBJECT, TEXT, Check, check_fields, strict_json
-from shielded.files import chained
+from shielded.files import chained, naming
 
 LOG = "audit.jsonl"  # beside the images of a run
 _CHECKS: dict[str, Check] = {
@@ -52,7 +52,7 @@ class AuditLog:
         """
         record = {"line": self._lines, "time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event}
         line = json.dumps({**record, **content, "previous": self.sha256}).encode()
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             file.write(line + b"\n")
         self.sha256 = chained(line)
         self._lines += 1

@@ -119,6 +119,8 @@ def protect(
 
 
 def _print(result: ProtectResult, as_json: bool) -> None:
+    from shielded.runs.report.summary import counted
+
     _print_skipped(result.skipped)
     if result.present and result.other_radii:
         typer.echo(
@@ -133,10 +135,14 @@ def _print(result: ProtectResult, as_json: bool) -> None:
     )
     found = f"{result.found} found: " if result.found else ""
     summary = f"{result.set}: {found}{counts}; {result.size} in all."
+    if result.deleted is not None:
+        freed = f"{max(result.freed, 0) / 1000:,.0f} kB freed, earlier versions are gone" if result.deleted else ""
+        summary += f" Deleted from disk: {counted(result.deleted, 'removed image')}{f' ({freed})' if freed else ''}."
     if result.not_looked_at:
         kinds = ", ".join(f"{number} {reason}" for reason, number in sorted(result.not_looked_at.items()))
         summary += f" Not looked at: {kinds}."
-    printed = {name: value for name, value in vars(result).items() if name != "other_radii"}
+    left_out = {"other_radii", *(("deleted", "freed") if result.deleted is None else ())}
+    printed = {name: value for name, value in vars(result).items() if name not in left_out}
     show(printed, as_json, summary)
 
 

@@ -131,7 +131,10 @@ class RunFolder:
         Raises:
             BaseException: the exception that ended the run early, after all of this is written.
         """
-        report = replace(report, rows=[self._certified(row) for row in report.rows])
+        try:
+            report = replace(report, rows=[self._certified(row) for row in report.rows])
+        except FileNotFoundError as error:
+            raise OSError(f"{error.filename} is gone: somebody changed {self.path} during the run.") from error
         content = {**report.to_json(), "audit_log": {"file": f"with/{LOG}", "sha256": self._close_log(report)}}
         content |= extra or {}
         report.spell.write_trace(self.path / "trace.csv")

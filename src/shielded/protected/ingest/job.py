@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from shielded.files import write_json
+from shielded._extras import RequestError
+from shielded.files import file_sha256, write_json
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL
 from shielded.protected import store
-from shielded.protected.columns import MIRRORED
+from shielded.protected.columns import MIRRORED, is_mirrored
 from shielded.protected.ingest.encoding import AddedImages, add_images
 from shielded.protected.ingest.sources import Paths, require_images
 from shielded.protected.protected_set import ProtectedSet
@@ -37,6 +38,8 @@ class ProtectResult:
         new: of how many pictures something was added.
         not_looked_at: how many files hold no picture that is recognised, by what they are.
         other_radii: whether images that were in the set before have another radius than the given one.
+        deleted: how many removed images `compact` deleted from disk; None: it was not asked to.
+        freed: bytes that this freed.
     """
 
     set: str
@@ -50,6 +53,8 @@ class ProtectResult:
     new: int = 0
     not_looked_at: dict[str, int] = field(default_factory=dict)
     other_radii: bool = False
+    deleted: int | None = None
+    freed: int = 0
 
 
 class EmptySetError(ValueError):
@@ -131,9 +136,12 @@ def protect(
         job |= {"columns": list(columns)} if columns else {}
         done = _add(out, job, add or bool(remove), overwrite, strict, device, progress, ray)
     protected = ProtectedSet.open(out)
+    counts: dict[str, Any] = {"removed": removed, **vars(done), "other_radii": other_radii}
     if compact:
+        before = _stored(out)
         protected.compact()
-    counts = {"removed": removed, **vars(done), "other_radii": other_radii}
+        after = _stored(out)
+        counts |= {"deleted": before[0] - after[0], "freed": before[1] - after[1]}
     result = ProtectResult(str(out), len(protected), protected.version, **counts)
     if given and not len(protected):
         if not existed:
@@ -142,13 +150,40 @@ def protect(
     return result
 
 
+def _stored(out: Path) -> tuple[int, int]:
+    """Count the rows that are stored in a set, removed ones included, and the bytes of its files."""
+    rows = sum(entry["rows"] for entry in store.read_manifest(out)["shards"])
+    return rows, sum(file.stat().st_size for file in out.iterdir() if file.is_file())
+
+
 def _remove(protected: ProtectedSet, ids: Sequence[str]) -> int:
-    """Remove ids with their mirror images; pass over those that are gone, as a call that is repeated has to."""
+    """Remove ids with their mirror images; pass over those that are gone, as a call that is repeated has to.
+
+    Raises:
+        RequestError: an id is the name of a picture that the set holds under another one.
+        KeyError: the set does not have an id.
+    """
     gone = {str(name) for event in protected.history for name in event.get("ids", [])}
     ids = [name for name in dict.fromkeys(ids) if name in protected.ids or name not in gone]
+    for name in ids:
+        other = None if name in protected.ids else _stands_for(protected, name)
+        if other is not None:
+            raise RequestError(f"{name} has the same content as {other}, which stands for both; --remove {other}.")
     mirrored = [MIRRORED + name for name in ids]
     protected.remove([*ids, *(name for name in mirrored if name in protected.ids and name not in ids)])
     return len(ids)
+
+
+def _stands_for(protected: ProtectedSet, name: str) -> str | None:
+    """Find the id under which the set holds a picture of another name, by the files beside its sources."""
+    stem = os.path.basename(name)
+    found = [name] if os.path.isfile(name) else []
+    for folder in dict.fromkeys(os.path.dirname(source) for source in protected.sources if source):
+        if os.path.isdir(folder or "."):
+            found += [entry.path for entry in os.scandir(folder or ".") if os.path.splitext(entry.name)[0] == stem]
+    digests = {file_sha256(path) for path in found if os.path.isfile(path)}
+    rows = (row for row, digest in enumerate(protected.sha256) if digest in digests)
+    return next((str(protected.ids[row]) for row in rows if not is_mirrored(protected.ids[row])), None)
 
 
 def _add(

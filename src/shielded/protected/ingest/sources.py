@@ -33,6 +33,8 @@ Paths = str | Path | Iterable[str | Path]
 
 _READ_BEFORE = Passed("folders that were read already", True)
 _CACHE = Passed("caches of datasets", True)
+_SHEET = Passed("picture grids of a run", True)
+_SHEETS = ("grid.png", "diversity.png")  # of a folder that `shielded generate` or `demo` has written
 
 
 def find_images(paths: Paths) -> list[tuple[str, Path]]:
@@ -226,6 +228,8 @@ def _kind(path: str) -> contents.Kind:
 
 def _first(name: str, path: str) -> Picture:
     """Make the picture of a file that is no archive and no table."""
+    if _is_sheet(path):
+        return Picture(name, path, _no_bytes, _SHEET)
     if path.lower().endswith(IMAGE_SUFFIXES) and not os.path.isdir(path):
         return Picture(name, path, Path(path).read_bytes)
     try:
@@ -247,8 +251,20 @@ def _first(name: str, path: str) -> Picture:
     return Picture(name, path, _no_bytes, Passed("files in which no picture is recognised", False))
 
 
+def _is_sheet(path: str) -> bool:
+    """Tell whether a picture is the grid of a run beside its report, which shows its pictures once more."""
+    folder, name = os.path.split(path)
+    return (
+        name in _SHEETS
+        and os.path.isfile(os.path.join(folder, "report.json"))
+        and os.path.isdir(os.path.join(folder, "with"))
+    )
+
+
 def _is_image_file(path: str) -> bool:
     """Tell whether Pillow opens a file, or its suffix says that it is a picture."""
+    if _is_sheet(path):
+        return False
     if path.lower().endswith(IMAGE_SUFFIXES):
         return not os.path.isdir(path)
     try:
