@@ -1,6 +1,7 @@
 """`shielded generate` with all its options, on a small random model and on the embedded one."""
 
 import errno
+import html
 import json
 import re
 import shutil
@@ -199,6 +200,20 @@ def test_image_to_image(run, tmp_path, model):
 def test_a_file_that_is_no_picture_is_refused(run, tmp_path):
     (tmp_path / "photo.png").write_text("no picture")
     assert "not a picture that can be read" in run("owl", "--image", tmp_path / "photo.png", code=2).stderr
+
+
+def test_the_script_of_the_report_makes_the_same_images(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_lora(tmp_path / "style.safetensors")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save("photo.png")
+    options = ["--scheduler", "ddim", "--lora", "style.safetensors:0.5", "--image", "photo.png", "--strength", "0.8"]
+    run("owl", "pizza", "--seeds", "3,8", "--negative", "cat", *options, options=("--steps", "3", "--radius", "1"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    namespace = {}
+    exec(html.unescape(re.search(r'<code id="code">(.*?)</code>', page, re.DOTALL)[1]), namespace)
+    made = [f"{prompt}-{seed}.png" for prompt in ("owl", "pizza") for seed in (3, 8)]
+    for name, image in zip(made, namespace["images"], strict=True):
+        assert np.array_equal(pixels(tmp_path / "out" / "with" / name), np.asarray(image))
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------
