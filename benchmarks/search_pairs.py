@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +76,23 @@ def tensor(folder: Path, archive: Path, rows: int) -> list[str]:
             assert torch.allclose(*deltas, atol=1e-5 * radius)
             pairs.append(ratio(tuple(lambda s=s, x=x: s(x) for s in spells), 5))
         first, second = map(sum, zip(*pairs, strict=True))
-        lines.append(
-            row(f"tensor and set of {len(z):,} × {z[0].numel():,}, {name}", first / len(pairs), second / len(pairs))
-        )
-    return lines
+        what = f"tensor, set of {len(z):,} × {z[0].numel():,}: {name}"
+        lines.append(row(what, first / len(pairs), second / len(pairs)))
+    return lines + threads(protected, x0)
+
+
+def threads(protected: ProtectedSet, x0: Tensor) -> list[str]:
+    """Search one set along two trajectories of 8 images each: one after the other, and in two threads."""
+    runs = [[blurred(part, side) for side in range(2, SIDE + 1, 2)] for part in x0.split(IMAGES // 2)]
+
+    def search(run: list[Tensor]) -> list[Tensor]:
+        return [protected.nearest_rows(x, 10)[1] for x in run]
+
+    with ThreadPoolExecutor(2) as pool:
+        alone, at_once = [search(run) for run in runs], list(pool.map(search, runs))
+        assert all(map(torch.equal, chain(*alone), chain(*at_once)))
+        jobs = (lambda: [search(run) for run in runs]), (lambda: list(pool.map(search, runs)))
+        return [row("two trajectories one after the other, in two threads", *ratio(jobs, 5, time.perf_counter))]
 
 
 def groups() -> list[str]:
