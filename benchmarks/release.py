@@ -2,7 +2,7 @@
 
     python benchmarks/release.py --out docs/method.md --sheet docs/images/release.webp
 
-Each plain picture is protected at r = 8. Rows of the sheet: plain, guidance kept and images inside sampled again,
+Each plain picture is protected with the radius of `VARIETY_RADIUS`. Rows of the sheet: plain, guidance kept and images inside sampled again,
 guidance released (the default of `shielded generate --protect`).
 """
 
@@ -22,13 +22,12 @@ from shielded.evaluation.encoder import Encoder, encoder_of
 from shielded.evaluation.metrics import caption_score
 from shielded.files import replace_section
 from shielded.generation import Generated, generate
-from shielded.models import PROTECTION, load, preset_of
+from shielded.models import PROTECTION, VARIETY_RADIUS, load, preset_of
 from shielded.spell import Calibration
 
 PROMPTS = ["owl", "red heart", "pizza", "sunflower", "cat face", "rocket", "guitar", "tiger"]
 PROMPTS += ["cactus", "banana", "dolphin", "clown face", "fox", "alarm clock", "umbrella", "red apple"]
 SEEDS = range(4)
-RADIUS = 8.0
 SETTINGS: dict[str, dict[str, Any]] = {
     "guidance kept": {"release": None, "radius_schedule": "constant"},
     "guidance released (default of `generate`)": PROTECTION,
@@ -80,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         protected = ProtectedSet.create(Path(folder) / "set", space)
         ids = [f"{text} {seed}" for text, seed in zip(texts, seeds, strict=True)]
-        protected.add(space.encode(plain.images), ids, RADIUS)
+        protected.add(space.encode(plain.images), ids, VARIETY_RADIUS * space.dim**0.5)
         lines = [HEAD, "|---|---|---|---|---|---|", row("plain", plain, protected, plain, encoder, texts)]
         for name, setting in SETTINGS.items():
             spell = Spell(protected, batch=False, calibration=calibration, **setting)

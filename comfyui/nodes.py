@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from shielded import ProtectedSet
+from shielded.models import PROTECTION, VARIETY_RADIUS
 
 from .hook import SpellPatch
 from .images import encode, from_folder, from_tensor, size_of
@@ -33,20 +34,21 @@ class Spell(io.ComfyNode):
                 io.Model.Input("model"),
                 io.Float.Input(
                     "radius",
-                    default=0.78,
+                    default=VARIETY_RADIUS,
                     min=0.01,
                     max=5.0,
                     step=0.01,
                     tooltip="Distance to keep, in a unit that fits all models and sizes: 0 is the same image, 1.41 the "
-                    "distance of two unrelated images. 0.78 is the paper's setting for SD3.",
+                    "distance of two unrelated images. The paper takes 0.78 for SD3, without letting go of guidance.",
                 ),
                 io.Float.Input(
                     "overcompensation",
-                    default=1.6,
-                    min=0.1,
+                    default=0.0,
+                    min=0.0,
                     max=5.0,
                     step=0.1,
-                    tooltip="1 pushes exactly to the radius; more pushes farther and needs fewer steps.",
+                    tooltip="1 pushes exactly to the radius; more pushes farther and needs fewer steps. 0 chooses: "
+                    f"{PROTECTION['overcompensation']:g} with protected images, 1.6 without.",
                 ),
                 io.Boolean.Input(
                     "within_batch", default=True, tooltip="Images of one batch keep the radius from each other."
@@ -65,8 +67,7 @@ class Spell(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Noise level at which SPELL stops; 0 is the finished image. 0.6 costs less quality if you "
-                    "want variety alone; protection needs 0.",
+                    tooltip="Noise level at which SPELL stops; 0 is the finished image, and what protection needs.",
                 ),
                 io.Combo.Input(
                     "overlap",
@@ -74,6 +75,26 @@ class Spell(io.ComfyNode):
                     default="project",
                     tooltip="Correction where shields overlap: project is the smallest move out of all of them, sum is "
                     "the paper's formula.",
+                ),
+                io.Float.Input(
+                    "release",
+                    optional=True,  # workflows of earlier versions have none
+                    default=PROTECTION["release"],
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Above this noise level, images inside a shield are predicted without guidance, so that "
+                    "they become clean other pictures instead of bent ones. 1 keeps the guidance.",
+                ),
+                io.Float.Input(
+                    "margin",
+                    optional=True,  # workflows of earlier versions have none
+                    default=PROTECTION["margin"],
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Share of the radius by which protected images are given a wider berth, so that the "
+                    "picture is still outside once it is decoded.",
                 ),
                 ProtectedImages.Input("protected", optional=True, tooltip="Images to stay away from."),
                 MemoryWire.Input("memory", optional=True, tooltip="Images of earlier runs to stay away from."),
@@ -91,6 +112,8 @@ class Spell(io.ComfyNode):
         window_start: float,
         window_end: float,
         overlap: str,
+        release: float = PROTECTION["release"],
+        margin: float = PROTECTION["margin"],
         protected: Any = None,
         memory: Any = None,
     ) -> io.NodeOutput:
@@ -104,11 +127,14 @@ class Spell(io.ComfyNode):
                 "SPELL has no references: switch within_batch on, or connect protected images or a memory."
             )
         options = {
-            "overcompensation": overcompensation,
             "batch": within_batch,
             "window": (window_start, window_end),
             "overlap": overlap,
+            "release": release,
+            "margin": margin,
         }
+        if overcompensation or protected is not None:
+            options["overcompensation"] = overcompensation or PROTECTION["overcompensation"]
         return io.NodeOutput(SpellPatch(radius, options, protected, memory).patch(model))
 
 

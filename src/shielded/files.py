@@ -12,14 +12,19 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], concurrent: bool = False) -> Iterator[Path]:
     """Yield a temporary name to write to; it takes the place of `path` when the block ends without an error.
 
     The new file and its folder entry are on the disk when this returns, so a power failure leaves the old file or the
     new one. After an error the temporary file is deleted.
+
+    Args:
+        path: the file.
+        concurrent: whether several processes may write it at once; the last one remains. Otherwise they share the
+            temporary name, so that what a killed process left is overwritten by the next one.
     """
     target = Path(path)
-    draft = target.with_name(target.name + ".tmp")
+    draft = target.with_name(f"{target.name}.{os.getpid()}.tmp" if concurrent else f"{target.name}.tmp")
     with naming(target):
         try:
             yield draft

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from helpers.fake_comfy import PACK, Eps, Flow, Model, Scaled, Vae, example_workflows, install
-from shielded import LatentSpace, ProtectedSet
+from shielded import LatentSpace, ProtectedSet, Spell
+from shielded.models import PROTECTION, VARIETY, VARIETY_RADIUS
 
 SHAPE = (4, 8, 8)
 RADIUS = 0.5
@@ -33,9 +34,25 @@ def nodes(pack):
     return {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
 
 
-def spell(nodes, model, radius=RADIUS, overcompensation=1.0, batch=False, start=1.0, end=0.0, **wires):
+def spell(nodes, model, radius=RADIUS, overcompensation=1.0, batch=False, start=1.0, end=0.0, **more):
+    """The node; with guidance kept and no margin unless told otherwise."""
+    node, more = nodes["ShieldedSpell"], {"release": 1.0, "margin": 0.0, **more}
+    return node.execute(model, radius, overcompensation, batch, start, end, "project", **more).args[0]
+
+
+def test_the_node_starts_with_the_settings_of_the_commands(nodes):
     node = nodes["ShieldedSpell"]
-    return node.execute(model, radius, overcompensation, batch, start, end, "project", **wires).args[0]
+    values = {port.id: port.default for port in node.define_schema().inputs if hasattr(port, "default")}
+    expected = VARIETY_RADIUS, PROTECTION["release"], VARIETY["release"], PROTECTION["margin"]
+    assert (values["radius"], values["release"], values["release"], values["margin"]) == expected
+    model = Model(SHAPE)
+    settings = {name: value for name, value in values.items() if value is not None}
+    for wires, expected in (({}, 1.6), ({"protected": torch.zeros(1, *SHAPE)}, PROTECTION["overcompensation"])):
+        patched = node.execute(model, **settings, **wires).args[0]
+        options = patched.post_cfg[0].__self__.options
+        spell = Spell(torch.zeros(1, *SHAPE), 1.0, **options)
+        assert spell.overcompensation == expected
+        assert (spell.release, spell.margin, spell.window) == (values["release"], values["margin"], (1.0, 0.0))
 
 
 def noise(count=1, seed=0):

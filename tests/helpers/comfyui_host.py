@@ -132,7 +132,7 @@ def sample(model, sampler, seed=3, batch=1):
 
 
 def spell(pack, model, protected=None, overcompensation=1.0, radius=RADIUS, batch=False):
-    options = (overcompensation, batch, 1.0, 0.0, "project", protected)
+    options = (overcompensation, batch, 1.0, 0.0, "project", 1.0, 0.0, protected)
     return pack["ShieldedSpell"].execute(model, radius, *options).args[0]
 
 

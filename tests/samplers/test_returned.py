@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import diffusers
 import pytest
 import torch
@@ -213,3 +215,13 @@ def test_a_subclass_is_refused_as_well(name):
         Spell(torch.zeros(1, 4), 1.0, batch=False).attach(pipe),
     ):
         raise AssertionError("it was attached to")
+
+
+def test_the_margin_is_not_asked_of_what_is_returned():
+    spell = Spell(torch.zeros(1, 2), 1.0, batch=False, margin=0.5)
+    for distance, refused in ((1.1, False), (0.9, True)):
+        spell.begin_call()
+        spell.start()
+        spell.finish(torch.tensor([[2.0, 0.0]]))
+        with pytest.raises(RuntimeError, match="inside a shield again") if refused else nullcontext():
+            spell.end_call(torch.tensor([[distance, 0.0]]))

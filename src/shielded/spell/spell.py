@@ -126,7 +126,7 @@ class Spell:
         self.returned: Tensor | None = None
         self._counted = mask  # what distance and push are restricted to
         self._call: Call | None = None  # of the pipeline, while it is under way
-        self._static = self._references(mask)
+        self._static = self._references(mask, margin)
 
     # One step -----------------------------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ class Spell:
         self._run += 1
         self._step = 0
         if self._counted is not self.mask:
-            self._counted, self._static = self.mask, self._references(self.mask)
+            self._counted, self._static = self.mask, self._references(self.mask, self.margin)
 
     def restrict(self, mask: Tensor) -> None:
         """Restrict distance and push to a part of the latents until the next trajectory; the sampler replaces the rest.
@@ -312,7 +312,7 @@ class Spell:
         if self._counted is not None:
             mask = mask * (self._counted.to(mask) != 0)
         if mask.any() and (self._counted is None or not torch.equal(mask != 0, self._counted.to(mask) != 0)):
-            self._counted, self._static = mask, self._references(mask)
+            self._counted, self._static = mask, self._references(mask, self.margin)
 
     def begin_call(self, one_image: bool = False) -> None:
         """Begin a call of a pipeline.
@@ -335,7 +335,8 @@ class Spell:
             self.returned = returned.detach()
             if not torch.equal(self.returned.to(self.finished), self.finished):
                 promised = self.overlap == "project" and self.window[1] == 0
-                check_returned(self.returned, call.unresolved, self._references(self.mask), self.mask, promised)
+                # What is asked of a returned image is the radius alone; the margin is a means to it.
+                check_returned(self.returned, call.unresolved, self._references(self.mask, 0.0), self.mask, promised)
                 self.finished = call.finished[-1] = self.returned
         if self.history is not None:
             for latents in call.kept:
@@ -411,10 +412,10 @@ class Spell:
         """Write the trace as a CSV table, one row per step and image."""
         write_csv(self.trace, path)
 
-    def _references(self, mask: Tensor | None) -> StaticReferences:
+    def _references(self, mask: Tensor | None, margin: float) -> StaticReferences:
         constant_history = self.radius_schedule is None
         return StaticReferences(
-            self.protected, self.history, self.radius, self.nearest, mask, self.margin, constant_history
+            self.protected, self.history, self.radius, self.nearest, mask, margin, constant_history
         )
 
     def _posterior_variance(self, x: Tensor, level: float) -> Tensor | None:

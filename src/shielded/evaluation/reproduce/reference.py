@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import tarfile
+import os
 from pathlib import Path
 
 import torch
@@ -18,8 +17,9 @@ from shielded.evaluation.reproduce.study import REFERENCE_SEED, Cell, Setting, S
 from shielded.files import replacing
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, preset_of
+from shielded.protected.ingest.archives import tar_files
+from shielded.protected.ingest.pictures import IMAGE_SUFFIXES, decode_picture
 
-_SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
 _PLAIN_SEEDS = 2  # seeds of plain images per prompt where no real ones are given
 
 
@@ -28,31 +28,26 @@ def real_images(path: Path) -> dict[str, list[Image.Image]]:
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: it holds no images with captions.
+        ValueError: it holds no images with captions, or is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a tar or a folder of reference images with --reference.")
     found: dict[str, list[Image.Image]] = {}
     if path.is_dir():
         for file in sorted(path.glob("*/*")):
-            if file.suffix.lower() in _SUFFIXES:
-                found.setdefault(file.parent.name, []).append(Image.open(file).convert("RGB"))
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                found.setdefault(file.parent.name, []).append(decode_picture(file.read_bytes()))
     else:
         captions, pictures = {}, {}
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name, suffix = Path(member.name).stem, Path(member.name).suffix.lower()
-                wanted = suffix == ".json" or suffix in _SUFFIXES
-                file = archive.extractfile(member) if wanted else None
-                if file is None:
-                    continue
-                if suffix == ".json":
-                    captions[name] = json.load(file).get("caption")
-                else:
-                    pictures[name] = file.read()
+        for member, content in tar_files(str(path), (".json", *IMAGE_SUFFIXES)):
+            name, suffix = os.path.splitext(member)
+            if suffix.lower() == ".json":
+                captions[name] = json.loads(content).get("caption")
+            else:
+                pictures[name] = content
         for name in sorted(pictures):
             if captions.get(name):
-                found.setdefault(captions[name], []).append(Image.open(io.BytesIO(pictures[name])).convert("RGB"))
+                found.setdefault(captions[name], []).append(decode_picture(pictures[name]))
     if not found:
         raise ValueError(f"{path} holds no images with captions; give a webdataset tar or a folder per prompt.")
     return found

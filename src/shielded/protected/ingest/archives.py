@@ -79,6 +79,25 @@ def tar_pictures(name: str, path: str) -> Iterator[Picture]:
         yield Picture(name, path, partial(_fail, f"the archive is damaged: {damage}"))
 
 
+def tar_files(path: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, content) of the files of an archive whose names end so, in any case.
+
+    Raises:
+        ValueError: the archive is damaged.
+    """
+    try:
+        with _opened(path) as file, _Archive.open(fileobj=file, mode="r|", ignore_zeros=True) as tar:
+            for member in _members(tar):
+                content = tar.extractfile(member) if member.isfile() else None
+                if content is not None and member.name.lower().endswith(suffixes):
+                    yield member.name, content.read()
+            damage = tar.damage()
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        damage = str(error) or type(error).__name__
+    if damage is not None:
+        raise ValueError(f"{path} is damaged: {damage}.")
+
+
 def count_tar_pictures(path: str) -> int | None:
     """Count the pictures of a tar archive; None if it would have to be decompressed, or is damaged."""
     try:

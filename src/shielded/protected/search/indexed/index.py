@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from shielded.files import sync
+from shielded.files import replacing
 from shielded.protected.search.interface import require_finite
 
 FORMAT = "shielded-index-3"
@@ -227,13 +226,8 @@ def write_index(path: Path, index: Index, shard: str) -> None:
         index: the index.
         shard: SHA-256 of the shard that it was built from.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # `files.replacing` shares one name among processes
-    try:
+    with replacing(path, concurrent=True) as draft:
         draft.write_bytes(_packed(_tensors(index), shard))
-        sync(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _tensors(index: Index) -> dict[str, Tensor]:
