@@ -2,8 +2,8 @@
 
     python benchmarks/release.py --out docs/method.md --sheet docs/images/release.webp
 
-Each plain picture is protected with the radius of `VARIETY_RADIUS`. Rows of the sheet: plain, guidance kept and images inside sampled again,
-guidance released (the default of `shielded generate --protect`).
+Each plain picture is protected with a radius of `VARIETY_RADIUS`. Rows of the sheet: plain, guidance kept and images
+inside sampled again, guidance released (the default of `shielded generate --protect`).
 """
 
 from __future__ import annotations

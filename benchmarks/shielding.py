@@ -1,8 +1,8 @@
 """Shield the embedded model's whole training set: leaks, time and quality without SPELL, with the paper's and ours.
 
 All training pictures are protected. The methods take turns at the same prompts and seeds, 20 images each, so that their
-times compare; finished latents and the decoded pictures, encoded again, are measured against all of them, exactly. Quality is in the features of the embedded encoder,
-against the training pictures with the captions that were prompted.
+times compare; finished latents and the decoded pictures, encoded again, are measured against all of them, exactly.
+Quality is in the features of the embedded encoder, against the training pictures with the captions that were prompted.
 
     python benchmarks/shielding.py --data emoji128.tar --work runs/shielding --out docs/shielding.md
 
@@ -228,8 +228,9 @@ def main() -> None:
             "# Shielding the training set",
             "",
             f"Embedded model, all {len(study.protected):,} training pictures protected with r = "
-            f"{study.radius:.4g}, that is {args.radius:g} √dim; {count:,} images ({args.prompts} prompts, {args.images} seeds each), {args.steps} steps of "
-            f"DPM-Solver++ (2M), guidance {PRESETS['emoji'].guidance:g}; written by `python benchmarks/shielding.py "
+            f"{study.radius:.4g}, that is {args.radius:g} √dim; {count:,} images "
+            f"({args.prompts} prompts, {args.images} seeds each), {args.steps} steps of DPM-Solver++ (2M), "
+            f"guidance {PRESETS['emoji'].guidance:g}; written by `python benchmarks/shielding.py "
             f"--data emoji128.tar --work runs/shielding --prompts {args.prompts} --images {args.images} "
             "--out docs/shielding.md`.",
             "",

@@ -8,13 +8,13 @@ from typing import Any, cast
 from shielded.generation import Generated
 from shielded.generation.repair import OnLeak
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, PROTECTION, VARIETY, guidance_call, load, preset_of
+from shielded.models import DEFAULT_MODEL, PROTECTION, VARIETY, guidance_call, load
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
-from shielded.runs.paired import make_pair, spell_arguments
+from shielded.runs.paired import calibration_of, make_pair, spell_arguments
 from shielded.runs.report import Diversity
 from shielded.runs.results import PairReport
-from shielded.spell import Calibration, Spell
+from shielded.spell import Spell
 
 PROMPTS = ("red heart", "pizza", "owl", "sunflower")
 SEEDS = (0, 1, 2, 3)
@@ -60,9 +60,8 @@ def demo(
     pipe = load(DEFAULT_MODEL, device)
     space = LatentSpace.of(pipe)
     options: dict[str, Any] = {"steps": steps, **guidance_call(pipe, DEFAULT_MODEL)}
-    preset = preset_of(DEFAULT_MODEL)
     given = {} if overcompensation is None else {"overcompensation": overcompensation}
-    calibration = None if preset.calibration is None else Calibration.load(preset.calibration)
+    calibration = calibration_of(DEFAULT_MODEL)
     every_prompt = [prompt for prompt in prompts for _ in SEEDS]
     every_seed = [seed + s for _ in prompts for s in SEEDS]
 

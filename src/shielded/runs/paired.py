@@ -180,6 +180,12 @@ def settings_of(
     }
 
 
+def calibration_of(model: str) -> Calibration | None:
+    """Load the denoising error that was measured for a model with a preset; None if it was not."""
+    file = preset_of(model).calibration
+    return None if file is None else Calibration.load(file)
+
+
 def spell_arguments(
     spell: Spell, protected: Path | str | Sequence[str] | None = None, calibration: Path | None = None
 ) -> dict[str, Any]:

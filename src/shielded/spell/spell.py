@@ -414,9 +414,7 @@ class Spell:
 
     def _references(self, mask: Tensor | None, margin: float) -> StaticReferences:
         constant_history = self.radius_schedule is None
-        return StaticReferences(
-            self.protected, self.history, self.radius, self.nearest, mask, margin, constant_history
-        )
+        return StaticReferences(self.protected, self.history, self.radius, self.nearest, mask, margin, constant_history)
 
     def _posterior_variance(self, x: Tensor, level: float) -> Tensor | None:
         """Estimate tr Cov(X_0|x_t) (B,), by which squared radii shrink; None where they are constant."""

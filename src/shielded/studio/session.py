@@ -20,7 +20,7 @@ from shielded.latent_space.pixels import clip_to_pixels
 from shielded.models import PROTECTION, VARIETY
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
-from shielded.runs.paired import make_pair, spell_arguments
+from shielded.runs.paired import calibration_of, make_pair, spell_arguments
 from shielded.runs.report import Row
 from shielded.runs.results import PairReport
 from shielded.spell import History, Spell
@@ -200,6 +200,7 @@ class Session:
             batch=settings.apart and settings.n > 1,
             history=self.history if settings.remember else False,
             window=(1.0, settings.window_end),
+            calibration=calibration_of(self.model) if protect else None,
             **{**(PROTECTION if protect else VARIETY), "overcompensation": settings.overcompensation},
         )
         # A window that closes early is for variety; images that re-enter a shield then are shown, not repaired.
