@@ -1,6 +1,7 @@
-"""Put the trained parts together as the model that the package ships.
+"""Put the trained parts together as the model that the package ships, and measure its denoising error.
 
-python training/assemble.py --model runs/model --vae runs/vae --encoder runs/encoder --out src/shielded/models/emoji
+    python training/assemble.py --data emoji128.tar --model runs/model --vae runs/vae --encoder runs/encoder \\
+        --out src/shielded/models/emoji
 """
 
 from __future__ import annotations
@@ -11,24 +12,43 @@ import shutil
 from pathlib import Path
 
 import torch
+from data import Emoji, load
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
+
+from shielded import LatentSpace
+from shielded.spell.posterior import measure_calibration
+
+
+def write_calibration(folder: Path, data: Emoji, sample: int) -> None:
+    """Measure the denoising error on pictures that the model learned, evenly spread."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    learned = data.select(set((folder / "captions.txt").read_text().splitlines()))
+    rows = [i * len(learned.captions) // sample for i in range(sample)]
+    space = LatentSpace.of(pipe)
+    with torch.no_grad():
+        clean = space.encode(learned.images[rows].float() / 255)
+    captions = [learned.captions[row] for row in rows]
+    measure_calibration(pipe, clean, captions, space=space.fingerprint).save(folder / "calibration.json")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "vae", "encoder", "out"):
+    for name in ("data", "model", "vae", "encoder", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--sample", type=int, default=200, help="pictures that the denoising error is measured on")
     args = parser.parse_args()
     # The decoder may have been trained on after the text-to-image model; the encoder is the same.
     vae = AutoencoderTiny.from_pretrained(args.vae, dtype=torch.float16)
     pipe = StableDiffusionPipeline.from_pretrained(args.model / "pipeline", vae=vae, dtype=torch.float16)
     pipe.save_pretrained(args.out)
+    pipe.tokenizer.backend_tokenizer.model.save(str(args.out / "tokenizer"))  # for transformers 4
     for file in args.out.rglob("*.json"):  # where the parts came from is nobody's business
         content = json.loads(file.read_text())
         if content.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(content, indent=2) + "\n")
     shutil.copy(args.model / "pipeline" / "captions.txt", args.out / "captions.txt")
     shutil.copytree(args.encoder, args.out / "encoder", dirs_exist_ok=True)
+    write_calibration(args.out, load(str(args.data)), args.sample)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

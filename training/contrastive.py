@@ -3,16 +3,16 @@
     python training/contrastive.py --data emoji128.tar --tokenizer runs/model/pipeline/tokenizer --out runs/encoder
 
 It learns all captions. Of --held-out captions of the text-to-image model it does not see the drawing in one style, to
-measure retrieval on; with 0 it sees everything.
+measure retrieval on; with 0 it sees everything. Writes a checkpoint every few minutes and continues with --resume.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 
+import checkpoint
 import torch
 import torch.nn.functional as F
 from data import STYLES, Emoji, load, trained_captions
@@ -86,11 +86,12 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--steps", type=int, default=1600, help="all runs together")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -111,18 +112,28 @@ def main() -> None:
     choices = list(drawings.values())
 
     encoder = Encoder(CLIPTokenizer.from_pretrained(args.tokenizer))
-    temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-    optimizer = torch.optim.AdamW(
-        [*encoder.parameters(), temperature], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05
-    )
+    trained = nn.ModuleDict({"encoder": encoder})
+    trained.register_parameter("temperature", nn.Parameter(torch.tensor(math.log(1 / 0.07))))
+    temperature = trained.temperature
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     print(
         f"{len(captions)} captions of {len(number)}, {len(learned)} images, {len(held_out)} held out, "
         f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters",
         flush=True,
     )
 
-    start, step, running = time.time(), 0, 0.0
-    while (progress := (time.time() - start) / 60 / args.minutes) < 1:
+    step, before, running = 0, 0.0, 0.0
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "checkpoint.pt"
+    if args.resume:
+        state = checkpoint.load(file)
+        step, before, running = state["step"], state["minutes"], state["loss"]
+        trained.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.manual_seed(args.seed + step)
+    clock = checkpoint.Clock(before)
+    saved = before
+    while (progress := step / args.steps) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress)))
         # Two drawings of each caption: the prompt that names a style has a near miss to be told from.
@@ -147,8 +158,11 @@ def main() -> None:
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         step += 1
         if step % 100 == 0:
-            speed = step * args.batch / (time.time() - start)
-            print(f"step {step:6d} {100 * progress:5.1f} % loss {running:.4f} {speed:.0f} images/s", flush=True)
+            print(f"step {step:6d} {clock.minutes:5.1f} min loss {running:.4f}", flush=True)
+        if clock.minutes - saved > 3 or step == args.steps:
+            state = {"model": trained.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(file, {"step": step, "minutes": clock.minutes, "loss": running, **state})
+            saved = clock.minutes
 
     encoder.save_pretrained(args.out)
     encoder = Encoder.from_pretrained(args.out, args.tokenizer)

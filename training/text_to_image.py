@@ -1,8 +1,9 @@
 """Train the embedded text-to-image model: a StableDiffusionPipeline with its own tokenizer, text encoder and UNet.
 
-    python training/text_to_image.py --data emoji128.tar --vae runs/vae --out runs/model --minutes 70
+    python training/text_to_image.py --data emoji128.tar --vae runs/vae --out runs/model
 
-Stops after the given time, writes a checkpoint every few minutes, and continues from one with --resume.
+Writes a checkpoint and a pipeline every few minutes and continues from them with --resume. The learning rate stays
+the same until the last third of the steps, so that a run can be given more or fewer of them before that.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import math
 import time
 from pathlib import Path
 
+import checkpoint
 import torch
 import torch.nn.functional as F
 from data import STYLES, load, trained_captions
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from diffusers.models.attention_processor import AttnProcessor
+from measures import pixels_of
+from optimizer import Optimizers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -57,7 +61,7 @@ def prompts_of(caption: str, style: str) -> list[str]:
     return [caption, f"{article} {caption}", f"{caption}, {style} style", f"{article} {caption}, {style} style"]
 
 
-def build(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+def build(tokenizer: CLIPTokenizer, channels: int) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -74,7 +78,9 @@ def build(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel
     )
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(64, 128, 256),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(96, 128, 224),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -95,9 +101,10 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--vae", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=70)
+    parser.add_argument("--steps", type=int, default=9000, help="of all runs together")
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--adam-lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
@@ -108,7 +115,7 @@ def main() -> None:
     data = everything.select(set(captions))
     vae = AutoencoderTiny.from_pretrained(args.vae).eval()
     with torch.no_grad():
-        encoded = [vae.encoder(batch.float() / 127.5 - 1) for batch in data.images.split(64)]
+        encoded = [vae.encoder(pixels_of(batch)) for batch in data.images.split(64)]
         latents = torch.cat(encoded) * vae.config.scaling_factor
     tokenizer = train_tokenizer(captions, args.out / "tokenizer")
 
@@ -123,11 +130,14 @@ def main() -> None:
     empty = tokens([""])
     print(f"{len(captions)} captions, {len(latents)} images, {len(tokenizer)} tokens, latents {latents.std():.3f}")
 
-    unet, text = build(tokenizer)
+    unet, text = build(tokenizer, latents.shape[1])
+    # Plain attention: on a processor the backward pass of the fused one takes several times as long at this size.
+    unet.set_attn_processor(AttnProcessor())
+    text.set_attn_implementation("eager")
     trained = nn.ModuleDict({"unet": unet, "text": text}).to(memory_format=torch.channels_last)
     average = copy.deepcopy(trained).requires_grad_(False)
     print(f"{sum(p.numel() for p in trained.parameters()) / 1e6:.1f} M parameters", flush=True)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = Optimizers(trained, args.lr, args.adam_lr, ("unet.conv_in.", "unet.conv_out."), decay=1e-2)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -137,19 +147,30 @@ def main() -> None:
         clip_sample=False,
         set_alpha_to_one=True,
     )
-    checkpoint = args.out / "checkpoint.safetensors"
+    file = args.out / "checkpoint.pt"
+    step, before, running = 0, 0.0, 0.0
     if args.resume:
-        state = load_file(checkpoint)
-        trained.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-        average.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
+        state = checkpoint.load(file)
+        step, before, running = state["step"], state["minutes"], state["loss"]
+        trained.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.manual_seed(args.seed + step)
 
     def save() -> None:
-        state = {f"model.{k}": v.contiguous() for k, v in trained.state_dict().items()}
-        state |= {f"ema.{k}": v.contiguous() for k, v in average.state_dict().items()}
-        save_file(state, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").rename(checkpoint)
+        checkpoint.save(
+            file,
+            {
+                "step": step,
+                "minutes": clock.minutes,
+                "loss": running,
+                "model": trained.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            },
+        )
         pipe = StableDiffusionPipeline(
-            vae=vae,
+            vae=copy.deepcopy(vae),
             text_encoder=copy.deepcopy(average["text"]),
             tokenizer=tokenizer,
             unet=copy.deepcopy(average["unet"]),
@@ -158,15 +179,15 @@ def main() -> None:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipe.to(torch.float16).save_pretrained(args.out / "pipeline")
-        vae.float()
+        folder = args.out / "pipeline"
+        pipe.to(torch.float16).save_pretrained(folder)
+        tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json, merges.txt: transformers 4
+        (folder / "captions.txt").write_text("\n".join(captions) + "\n")
 
-    start, saved, step, running = time.time(), time.time(), 0, 0.0
+    clock = checkpoint.Clock(before)
+    saved, first, start = before, step, time.monotonic()
     order = torch.randperm(len(latents))
-    while (progress := (time.time() - start) / 60 / args.minutes) < 1:
-        warm = min(1, (step + 1) / (50 if args.resume else 300))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * min(1, max(0.02, (1 - progress) / 0.6))
+    while (progress := step / args.steps) < 1:
         if len(order) < args.batch:
             order = torch.randperm(len(latents))
         index, order = order[: args.batch], order[args.batch :]
@@ -178,26 +199,24 @@ def main() -> None:
         timesteps = ((torch.rand(len(index)) + torch.arange(len(index))) / len(index) * 1000).long().clamp(max=999)
         noisy = scheduler.add_noise(x0, noise, timesteps).contiguous(memory_format=torch.channels_last)
         target = scheduler.get_velocity(x0, noise, timesteps)
-        output = unet(noisy, timesteps, text(ids).last_hidden_state).sample
-        loss = F.mse_loss(output, target)
-        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = unet(noisy, timesteps, text(ids).last_hidden_state).sample
+        loss = F.mse_loss(output.float(), target)
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.998, (step + 1) / (step + 20)) if not args.resume else 0.998
+        optimizer.step(min(1, (step + 1) / 200) * min(1, max(0.02, (1 - progress) / 0.35)))
+        step += 1
         with torch.no_grad():
             for old, new in zip(average.parameters(), trained.parameters(), strict=True):
-                old.lerp_(new, 1 - decay)
-        running = loss.item() if step == 0 else 0.99 * running + 0.01 * loss.item()
-        step += 1
-        if step % 100 == 0:
-            speed = step * args.batch / (time.time() - start)
-            print(f"step {step:6d} {100 * progress:5.1f} % loss {running:.4f} {speed:.0f} images/s", flush=True)
-        if time.time() - saved > 300:
+                old.lerp_(new, 1 - min(0.999, (step + 1) / (step + 20)))
+        running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
+        if step % 50 == 0:
+            speed = (step - first) * args.batch / (time.monotonic() - start)
+            print(f"step {step:6d} {clock.minutes:5.1f} min loss {running:.4f} {speed:.0f} images/s", flush=True)
+        if clock.minutes - saved > 4:
             save()
-            saved = time.time()
+            saved = clock.minutes
     save()
-    (args.out / "pipeline" / "captions.txt").write_text("\n".join(captions) + "\n")
     assert not math.isnan(running)
     print(f"{step} steps, {step * args.batch} images, loss {running:.4f}")
 

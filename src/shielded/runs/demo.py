@@ -20,8 +20,8 @@ PROMPTS = ("red heart", "pizza", "owl", "sunflower")
 SEEDS = (0, 1, 2, 3)
 DIVERSITY_PROMPT = "red heart"
 DIVERSITY_SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
-RADIUS = 8.0  # of the shields around protected pictures; the latents have norm 33
-DIVERSITY_RADIUS = 12.0  # between the images of one prompt
+RADIUS = 0.25  # of the shields around protected pictures, per √dim
+DIVERSITY_RADIUS = 0.375  # between the images of one prompt, per √dim
 
 
 def demo(
@@ -30,8 +30,8 @@ def demo(
     prompts: tuple[str, ...] = PROMPTS,
     seed: int = 0,
     steps: int = 25,
-    radius: float = RADIUS,
-    diversity_radius: float = DIVERSITY_RADIUS,
+    radius: float | None = None,
+    diversity_radius: float | None = None,
     overcompensation: float | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -48,8 +48,8 @@ def demo(
         prompts: of part one.
         seed: added to all seeds.
         steps: of the sampler.
-        radius: of the shields in part one.
-        diversity_radius: distance that the images of part two keep from each other.
+        radius: of the shields in part one, L2; None: `RADIUS` √dim.
+        diversity_radius: distance that the images of part two keep from each other, L2; None: `DIVERSITY_RADIUS` √dim.
         overcompensation: λ; None: that of `PROTECTION` and of `Spell`.
         device: None: CUDA if there is one.
         progress: whether progress bars are shown.
@@ -59,6 +59,8 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     pipe = load(DEFAULT_MODEL, device)
     space = LatentSpace.of(pipe)
+    radius = radius or RADIUS * space.dim**0.5
+    diversity_radius = diversity_radius or DIVERSITY_RADIUS * space.dim**0.5
     options: dict[str, Any] = {"steps": steps, **guidance_call(pipe, DEFAULT_MODEL)}
     given = {} if overcompensation is None else {"overcompensation": overcompensation}
     calibration = calibration_of(DEFAULT_MODEL)
