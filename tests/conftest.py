@@ -3,9 +3,12 @@
 import os
 from pathlib import Path
 
+# The tests are many small operations, for which several threads mostly wait for each other on a busy machine. This
+# goes for the processes that they start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
-# The tests are many small operations, for which several threads mostly wait for each other on a busy machine.
 torch.set_num_threads(1)
 
 # Tests that start themselves as a script import `helpers` as well.

@@ -28,7 +28,7 @@ from shielded.models import load
 from shielded.protected import ProtectedSet, add_images, store, writer
 from shielded.protected.ray import connection, ingest, search
 
-WORKERS = 3
+WORKERS = 2
 TOKEN = "0" * 32  # of clusters that live as long as this file's tests
 
 
@@ -86,7 +86,6 @@ def environment():
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         patch.setenv("RAY_worker_niceness", "0")
-        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 
