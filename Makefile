@@ -9,7 +9,7 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PIP) -e .
+	$(PIP) -e '.[cli,diffusers]'
 	touch $@
 
 # k-diffusion asks for torchvision, which its samplers do not need and which does not fit every torch.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shielded._extras import watched
+from shielded._extras import missing, watched
 from shielded.models import DEFAULT_MODEL
 from shielded.models.guidance import guidance_option
 from shielded.models.presets import PRESETS, preset_of
@@ -34,8 +34,10 @@ def load(
         progress: whether the bars of a longer load are shown, on a terminal.
 
     Raises:
+        ImportError: diffusers or transformers is not installed.
         ValueError: neither a known name nor a folder with a saved pipeline nor of the form owner/name.
     """
+    _require_diffusers()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     preset, source = preset_of(model), locate(model)
     if dtype is None:
@@ -100,6 +102,16 @@ def guidance_call(pipe: Any, model: str, guidance: float | None = None) -> dict[
     """
     scale = preset_of(model).guidance if guidance is None else guidance
     return {} if scale is None else {guidance_option(pipe): scale}
+
+
+def _require_diffusers() -> None:
+    try:
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name not in ("diffusers", "transformers"):
+            raise
+        raise ImportError(missing("Pipelines of diffusers", "diffusers")) from None
 
 
 def _import(folder: Path) -> None:
