@@ -22,6 +22,7 @@ from shielded.spell.posterior import measure_calibration
 def write_calibration(folder: Path, data: Emoji, sample: int) -> None:
     """Measure the denoising error on pictures that the model learned, evenly spread."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
     learned = data.select(set((folder / "captions.txt").read_text().splitlines()))
     rows = [i * len(learned.captions) // sample for i in range(sample)]
     space = LatentSpace.of(pipe)
