@@ -14,31 +14,34 @@ from pathlib import Path
 
 import torch
 
-from shielded import Spell
+from shielded import LatentSpace, Spell
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score, frechet_distance, vendi
 from shielded.files import replacing
 from shielded.generation import Generated, generate
-from shielded.models import EMOJI, PRESETS, load
+from shielded.models import EMOJI, PRESETS, PROTECTION, VARIETY, VARIETY_RADIUS, load
 
 SEEDS = 8
-PROTECTION = {
-    "sum": {"overlap": "sum"},
-    "sum, nearest 1 (SPELL-1)": {"overlap": "sum", "nearest": 1},
-    "project (default)": {},
-    "project, nearest 1": {"nearest": 1},
-    "project, λ = 1": {"overcompensation": 1.0},
-    "project, posterior radius": {"radius_schedule": "posterior"},
-    "project, window 1.0–0.5": {"window": (1.0, 0.5)},
-    "project, and batch": {"batch": True},
+KEPT = {"release": None, "radius_schedule": "constant"}  # as published
+PROTECTED = {
+    "the paper's sum": {"overlap": "sum", **KEPT},
+    "the paper's sum, nearest 1 (SPELL-1)": {"overlap": "sum", "nearest": 1, **KEPT},
+    "guidance kept": KEPT,
+    "guidance kept, λ = 1": {"overcompensation": 1.0, **KEPT},
+    "default of `Spell`": {},
+    "release at all levels": {"release": 0.0},
+    "constant radius": {"radius_schedule": "constant"},
+    "window 1.0–0.5": {"window": (1.0, 0.5)},
+    "`PROTECTION` (default of `generate`)": PROTECTION,
 }
 DIVERSITY = {
-    "sum": {"overlap": "sum"},
-    "project (default)": {},
-    "project, λ = 1": {"overcompensation": 1.0},
-    "project, window 1.0–0.6": {"window": (1.0, 0.6)},
-    "project, window 1.0–0.8": {"window": (1.0, 0.8)},
-    "project, one image at a time, history": {"batch": False, "history": True},
+    "the paper's sum": {"overlap": "sum", **KEPT},
+    "guidance kept": KEPT,
+    "guidance kept, window 1.0–0.8": {"window": (1.0, 0.8), **KEPT},
+    "default of `Spell`": {},
+    "`VARIETY` (default of `generate`)": VARIETY,
+    "`VARIETY`, window 1.0–0.5": {"window": (1.0, 0.5), **VARIETY},
+    "`VARIETY`, one image at a time, history": {"batch": False, "history": True, **VARIETY},
 }
 LEVELS = ((1.0, 0.8), (0.8, 0.6), (0.6, 0.4), (0.4, 0.0))
 
@@ -137,10 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--radius", type=float, default=15.0)
-    parser.add_argument("--diversity-radius", type=float, default=26.0)
+    parser.add_argument("--radius", type=float, default=VARIETY_RADIUS, help="in units of √dim")
+    parser.add_argument("--diversity-radius", type=float, default=1.5 * VARIETY_RADIUS, help="in units of √dim")
     args = parser.parse_args()
     study = Study(args.prompts)
+    root = LatentSpace.of(study.pipe).dim ** 0.5
+    protection, diversity = args.radius * root, args.diversity_radius * root
     plain, _ = study.run()
     text = [
         "# What the options do",
@@ -153,8 +158,8 @@ def main() -> None:
         "noise levels t = σ/(α + σ), the share of image steps that were pushed, and the median length of the push as "
         "a share of the score.",
         "",
-        *table(study, f"protection, r = {args.radius:g}", args.radius, PROTECTION, plain, plain.latents),
-        *table(study, f"diversity, r = {args.diversity_radius:g}", args.diversity_radius, DIVERSITY, plain, None),
+        *table(study, f"protection, r = {protection:.3g}", protection, PROTECTED, plain, plain.latents),
+        *table(study, f"diversity, r = {diversity:.3g}", diversity, DIVERSITY, plain, None),
     ]
     with replacing(args.out) as draft:
         draft.write_text("\n".join(text).rstrip() + "\n")
