@@ -47,7 +47,7 @@ def run(pipe, spell=None, steps=8):  # 8 divides the 1,000 training timesteps: D
 @pytest.mark.parametrize("scheduled", SCHEDULERS, indirect=True)
 def test_latents_are_bit_identical_while_no_shield_is_active(scheduled):
     plain = run(scheduled, steps=4)
-    far = Spell(1e3 + torch.zeros(1, 4, 16, 16), radius=1.0)
+    far = Spell(1e3 + torch.zeros(1, *LatentSpace.of(scheduled).shape), radius=1.0)
     step = scheduled.scheduler.step
     untouched = run(scheduled, far, steps=4)
     assert torch.equal(plain.latents, untouched.latents)
