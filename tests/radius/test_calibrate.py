@@ -285,7 +285,7 @@ def test_protection_reports_shares_at_the_suggested_radius():
     evidence = Evidence(
         dim=16,
         different=np.arange(1.0, 101.0),
-        copies={"weak": np.array([0.5, 1.0, 5.9, 20.0]), "strong": np.array([6.0, 7.0])},
+        copies={"weak": np.array([0.5, 0.9, 0.9, 20.0]), "strong": np.array([6.0, 7.0])},
         generations=np.array([3.0, 60.0]),
     )
     found = protection_radius(evidence, rate=0.05)
@@ -297,6 +297,20 @@ def test_protection_reports_shares_at_the_suggested_radius():
     assert radii == sorted(radii)
     given = protection_radius(evidence, radius=50.5)
     assert (given["suggested"], given["radius"], given["false_alarms"]) == (False, 50.5, 0.5)
+
+
+def test_nearly_equal_pictures_do_not_rule_the_radius():
+    """Three of a hundred are as close as half of the least altered copies."""
+    evidence = Evidence(
+        dim=16,
+        different=np.r_[0.1, 0.2, 0.3, np.arange(4.0, 101.0)],
+        copies={"weak": np.array([0.2, 1.0, 5.0]), "strong": np.array([6.0, 7.0])},
+    )
+    found = protection_radius(evidence, rate=0.0)
+    assert (found["nearly_equal"], found["nearly_equal_below"]) == (3, 1.0)
+    assert (found["radius"], found["false_alarms"], found["n"]) == (4.0, 0.0, 97)
+    evidence.different = evidence.different[:3]  # nothing else is there to go by
+    assert protection_radius(evidence, rate=0.0)["radius"] == 0.1
 
 
 def test_one_picture_goes_by_plain_images():

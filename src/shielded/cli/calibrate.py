@@ -127,6 +127,13 @@ def _protection(result: dict[str, Any]) -> list[str]:
         f"{found['false_alarms']:.1%} of {found['n']} {found['basis']} lie closer than that to "
         f"{'another' if found['basis'].startswith('different') else 'a protected one'}.",
     ]
+    if found["nearly_equal"]:
+        lines.append(
+            f"{found['nearly_equal']} more, closer than {found['nearly_equal_below']:.3g}, nearly equal another and are "
+            "left out; join or remove them:"
+        )
+        pairs = [pair for pair in result["closest"] if pair[2] < found["nearly_equal_below"]]
+        lines += [f"  {a} and {b} ({distance:.3g})" for a, b, distance in pairs[:5]]
     if found["n"] * found["tolerated"] < 1 and found["suggested"]:
         lines.append(f"With {found['n']} of them the radius is the smallest distance seen; more would say more.")
     if found["generations"] is not None:

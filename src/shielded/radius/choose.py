@@ -54,6 +54,9 @@ def share_within(distances: np.ndarray, radius: float | np.ndarray) -> float | N
 def protection_radius(evidence: Evidence, rate: float = 0.01, radius: float | None = None) -> dict[str, Any]:
     """Choose a radius for the protected set, and report what it catches and touches.
 
+    Different pictures as close to each other as half of the least altered copies are to their originals nearly equal
+    each other: they are counted apart, to be joined or removed, and do not rule the radius.
+
     Args:
         evidence: with `different` or, for a set without two different images, `generations`.
         rate: tolerated share of false alarms.
@@ -66,15 +69,24 @@ def protection_radius(evidence: Evidence, rate: float = 0.01, radius: float | No
         ValueError: a rate out of range, or nothing to choose a radius by.
     """
     among = bool(np.isfinite(evidence.different).any())
-    basis = evidence.different if among else evidence.generations
+    basis, limit = evidence.different if among else evidence.generations, nearly_equal_below(evidence)
+    if among and np.isfinite(basis[basis >= limit]).any():
+        basis = basis[basis >= limit]
     return {
         "suggested": radius is None,
         "tolerated": rate,
         "basis": "different protected pictures" if among else "plain images",
         "n": len(basis),
+        "nearly_equal_below": limit,
+        "nearly_equal": int((evidence.different < limit).sum()),
         **_figures(evidence, largest_radius(basis, rate) if radius is None else radius, basis),
         "table": [_figures(evidence, largest_radius(basis, other), basis) for other in RATES],
     }
+
+
+def nearly_equal_below(evidence: Evidence) -> float:
+    """Return the distance below which different pictures nearly equal each other; 0 without altered copies."""
+    return min((float(np.median(distances)) for distances in evidence.copies.values() if len(distances)), default=0.0)
 
 
 def _figures(evidence: Evidence, radius: float, basis: np.ndarray) -> dict[str, Any]:
