@@ -129,8 +129,8 @@ def _protection(result: dict[str, Any]) -> list[str]:
     ]
     if found["nearly_equal"]:
         lines.append(
-            f"{found['nearly_equal']} more, closer than {found['nearly_equal_below']:.3g}, nearly equal another and are "
-            "left out; join or remove them:"
+            f"{found['nearly_equal']} more, closer than {found['nearly_equal_below']:.3g}, nearly equal another and "
+            "are left out; join or remove them:"
         )
         pairs = [pair for pair in result["closest"] if pair[2] < found["nearly_equal_below"]]
         lines += [f"  {a} and {b} ({distance:.3g})" for a, b, distance in pairs[:5]]
