@@ -6,7 +6,7 @@ A model that predicts noise or velocity at timesteps becomes a denoiser D(x; sig
 import torch
 from k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m
 
-from shielded import RepelledDenoiser, Spell
+from shielded import LatentSpace, RepelledDenoiser, Spell
 from shielded.models import load
 
 RADIUS = 15.0
@@ -32,7 +32,7 @@ def denoiser_of(pipe, prompt, guidance):
 pipe = load("emoji")
 denoise, sigma_min, sigma_max = denoiser_of(pipe, "red heart", guidance=3.0)
 sigmas = get_sigmas_karras(10, sigma_min, sigma_max)
-noise = sigma_max * torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+noise = sigma_max * torch.randn(2, *LatentSpace.of(pipe).shape, generator=torch.Generator().manual_seed(0))
 
 plain = sample_dpmpp_2m(denoise, noise, sigmas, disable=True)
 spell = Spell(plain, RADIUS, batch=False)

@@ -188,10 +188,10 @@ def generate_owls(target, out, *options):
 
 def test_refused_images_are_listed_and_not_written(protected, tmp_path):
     _, target, _ = protected
-    result = generate_owls(target, tmp_path, "--on-leak", "refuse", "--margin", "0", "--release", "1")
+    result = generate_owls(target, tmp_path, "--on-leak", "refuse", "--margin", "0", "--release", "1", "--radius", "5")
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["refused"]) == 2
-    assert "inside the radius 8" in report["refused"][0]["reason"]
+    assert "inside the radius 5" in report["refused"][0]["reason"]
     assert (report["certificates"], report["leaks_with"], report["min_distance_with"]) == ([], 0, None)
     assert not list((tmp_path / "with").glob("*.png"))
     assert "2 images were refused" in (tmp_path / "report.html").read_text()
@@ -239,7 +239,7 @@ def test_what_is_not_there_is_bad_usage(arguments, message, tmp_path, monkeypatc
 
 def test_generate_without_a_set_says_how_far_apart_the_images_are(tmp_path):
     arguments = ["generate", "red heart", "-n", "2", "--steps", "4", "--overwrite", "--out", str(tmp_path / "out")]
-    result = runner.invoke(app, arguments)
+    result = runner.invoke(app, [*arguments, "--radius", "30"])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["min_pair_distance_with"] >= report["radius"] > report["min_pair_distance_without"]

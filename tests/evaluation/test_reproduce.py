@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from shielded import Spell
+from shielded import LatentSpace, Spell
 from shielded.cli import app
 from shielded.evaluation.baselines import Plain
 from shielded.evaluation.metrics import frechet_distance, precision_recall, vendi
@@ -381,9 +381,10 @@ def test_shielding_protects_plain_images_of_other_seeds_without_a_reference(pipe
 def test_radii_are_measured_or_asked_for_or_per_root_dimension(pipe, tmp_path):
     made = study(tmp_path, pipe)
     assert radii(made, 3.0) == (3.0, 3.0)
-    assert radii(made) == (26.0, 8.0)
+    root = LatentSpace.of(pipe).dim ** 0.5
+    assert radii(made) == pytest.approx((0.8125 * root, 0.25 * root))
     made.model = "sd1.5"  # its preset, with the latents of the pipeline at hand
-    assert radii(made) == pytest.approx((0.78 * 32, 0.25 * 32))
+    assert radii(made) == pytest.approx((0.78 * root, 0.25 * root))
 
 
 def test_unknown_methods_are_an_error(pipe, tmp_path):

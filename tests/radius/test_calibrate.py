@@ -535,7 +535,8 @@ def test_command_for_a_protected_set(files, prompts, tmp_path):
     assert (report["rows"], found["n"], report["changed_pictures"]) == (7, 7, 4)
     assert set(found["copies"]) == set(CHANGES)
     assert found["copies"]["JPEG 90"] == 1
-    assert found["radius"] == pytest.approx(found["radius_per_sqrt_dim"] * 1024**0.5)
+    root = ProtectedSet.open(target).space.dim ** 0.5
+    assert found["radius"] == pytest.approx(found["radius_per_sqrt_dim"] * root)
 
     # Against brute force over the latents themselves: the two pictures of one caption do not count as different.
     protected = ProtectedSet.open(target)

@@ -54,7 +54,7 @@ def demo(
             out,
             seed=seed,
             steps=steps,
-            radius=job.RADIUS if radius is None else radius,
+            radius=radius,
             overcompensation=overcompensation,
             device=device,
             progress=not as_json,

@@ -10,12 +10,13 @@ from shielded.evaluation.encoder import encoder_of
 from shielded.generation import Generated, distributed, generate
 from shielded.generation.repair import OnLeak, check_on_leak
 from shielded.latent_space import LatentSpace
+from shielded.models import preset_of
 from shielded.protected import ProtectedSet
 from shielded.runs.certified import certified_rows, scored_sides
 from shielded.runs.folder import RunFolder
 from shielded.runs.names import image_name
 from shielded.runs.results import PairReport
-from shielded.spell import Spell
+from shielded.spell import Calibration, Spell
 
 Shield = Spell | Callable[[Generated], Spell]
 
