@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from helpers.browser import chromium
+from shielded import LatentSpace
 from shielded.models import PRESETS, load
 
 gradio = pytest.importorskip("gradio")
@@ -36,9 +37,13 @@ def nothing(*_):
 
 
 def test_what_is_protected_is_kept_away_from(session, monkeypatch):
-    # With guidance kept, no margin and a small radius, decoding brings images back inside: there are restarts to show.
-    monkeypatch.setattr("shielded.studio.session.PROTECTION", {"release": None, "radius_schedule": "constant"})
-    settings = replace(SETTINGS, radius=0.15)
+    encode, asked = LatentSpace.encode, []
+
+    def inside_at_first(space, images):
+        """As if decoding had brought the images back inside, so that there are restarts to show."""
+        asked.append(images)
+        return session.protected.vectors([0, 1]) if len(asked) == 1 else encode(space, images)
+
     with pytest.raises(ValueError, match="nothing to keep away from"):
         session.generate(SETTINGS, nothing)
     seen = []  # steps done, steps in all, what
@@ -47,7 +52,8 @@ def test_what_is_protected_is_kept_away_from(session, monkeypatch):
     assert session.protect_result() == "2 added."
     assert session.protect_result() == "they are protected already."
     again = []
-    made = session.generate(settings, lambda *step: again.append(step))
+    monkeypatch.setattr(LatentSpace, "encode", inside_at_first)
+    made = session.generate(SETTINGS, lambda *step: again.append(step))
     assert any("once more" in what for *_, what in again)  # restarts show, too
     assert all(1 <= done <= steps for done, steps, _ in again)
     assert [image.tobytes() for image in made.plain] == [image.tobytes() for image in first.plain]
@@ -55,7 +61,7 @@ def test_what_is_protected_is_kept_away_from(session, monkeypatch):
         result = dict(zip(("seed", "id", "without", "with", "decoded", "radius", "result"), row, strict=True))
         assert float(result["without"]) == 0
         assert result["result"] == "refused" or float(result["with"]) >= float(result["radius"]) - 0.005
-    assert float(made.rows[0][5]) == pytest.approx(0.15 * session.space.dim**0.5, abs=0.005)
+    assert float(made.rows[0][5]) == pytest.approx(0.45 * session.space.dim**0.5, abs=0.005)
     assert "2 of 2 without" in made.summary
     names = zipfile.ZipFile(made.archive).namelist()
     assert {"report.html", "report.json", "with/audit.jsonl"} <= set(names)
