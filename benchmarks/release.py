@@ -63,6 +63,7 @@ def sheet(rows: list[list[Image.Image]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--margins", type=float, nargs="*", default=[], help="also measured, in place of the default")
     parser.add_argument("--out", type=Path, help="Markdown file whose section is replaced; default: only printed")
     parser.add_argument("--sheet", type=Path, help="picture of the first eight prompts")
     args = parser.parse_args()
@@ -81,7 +82,8 @@ def main() -> None:
         ids = [f"{text} {seed}" for text, seed in zip(texts, seeds, strict=True)]
         protected.add(space.encode(plain.images), ids, VARIETY_RADIUS * space.dim**0.5)
         lines = [HEAD, "|---|---|---|---|---|---|", row("plain", plain, protected, plain, encoder, texts)]
-        for name, setting in SETTINGS.items():
+        margins = {f"margin {margin:g}": {**PROTECTION, "margin": margin} for margin in args.margins}
+        for name, setting in {**SETTINGS, **margins}.items():
             spell = Spell(protected, batch=False, calibration=calibration, **setting)
             made = generate(pipe, texts, seeds, spell, label=name, on_leak="restart", **options)
             lines.append(row(name, made, protected, plain, encoder, texts))

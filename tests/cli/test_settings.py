@@ -129,7 +129,8 @@ def test_completion(words, completed):
 
 
 def test_completion_can_be_installed(tmp_path):
-    environment = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash"}
+    # The shell is named and not looked for among the parents of a process that may have none.
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     program = [sys.executable, "-m", "shielded"]
     shown = subprocess.run([*program, "--show-completion", "bash"], env=environment, capture_output=True, text=True)
     assert "complete -o default -F _shielded_completion shielded" in shown.stdout
