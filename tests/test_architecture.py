@@ -28,7 +28,8 @@ STOREYS = [
     ["certificates"],
     ["generation"],
     ["evaluation"],
-    ["radius", "runs"],
+    ["radius"],
+    ["runs"],
     ["studio"],
     ["cli"],
 ]

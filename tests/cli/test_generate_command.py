@@ -421,7 +421,22 @@ def test_every_set_counts_and_is_certified(run, tmp_path, protect, model):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["leaks_without"] == 1
 
 
-def test_sets_without_a_radius_and_foreign_ones_are_refused(run, tmp_path, protect):
+def test_a_set_without_a_radius_gets_the_suggested_one(run, tmp_path, model):
+    space = model_call.LatentSpace.of(load(str(model), "cpu"))
+    protected = ProtectedSet.create(tmp_path / "set", space)
+    protected.add(torch.randn(1, *space.shape, generator=torch.Generator().manual_seed(0)), ["a"])
+    result = run("owl", "--protect", tmp_path / "set", options=("--steps", "2"))
+    assert "The set has no radius; " in result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["radius"] == pytest.approx(0.25 * space.dim**0.5)
+    assert {certificate["radius"] for certificate in report["certificates"]} == {report["radius"]}
+    protected.add(torch.ones(1, *space.shape), ["b"], 1.0)
+    refused = run("owl", "--protect", tmp_path / "set", out="other", code=2, options=("--steps", "2"))
+    assert "1 of 2 protected images have no radius" in refused.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_foreign_sets_are_refused(run, tmp_path, protect):
     from shielded import LatentSpace
 
     ProtectedSet.create(tmp_path / "foreign", LatentSpace((4, 9, 9))).add(torch.zeros(1, 4, 9, 9), ["a"], 1.0)

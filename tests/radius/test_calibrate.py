@@ -27,6 +27,7 @@ from shielded.radius.choose import (
     radii_per_image,
     read_radii,
     share_within,
+    suggested_radius,
     write_radii,
 )
 from shielded.radius.evidence import (
@@ -311,6 +312,19 @@ def test_nearly_equal_pictures_do_not_rule_the_radius():
     assert (found["radius"], found["false_alarms"], found["n"]) == (4.0, 0.0, 97)
     evidence.different = evidence.different[:3]  # nothing else is there to go by
     assert protection_radius(evidence, rate=0.0)["radius"] == 0.1
+
+
+def test_a_radius_is_suggested_for_a_set_without_one(tmp_path):
+    """By hand: of 200 images on a line, two pairs lie closer than the others; 1 % are two images."""
+    places = 10.0 * torch.arange(200.0)
+    places[1], places[3] = 0.5, 21.0
+    protected = ProtectedSet.create(tmp_path / "set", LatentSpace((1, 1, 10_000)))
+    protected.add(places[:, None, None, None] * torch.eye(10_000)[:1, None, None], list(range(200)))
+    assert suggested_radius(protected) == pytest.approx(1.0)  # two of 200 are closer, 0.5 from each other
+    assert suggested_radius(protected, rate=0.5) == pytest.approx(10.0)
+    alone = ProtectedSet.create(tmp_path / "one", LatentSpace((1, 1, 16)))
+    alone.add(torch.zeros(1, 1, 1, 16), ["a"])
+    assert suggested_radius(alone) == 0.25 * 4
 
 
 def test_one_picture_goes_by_plain_images():

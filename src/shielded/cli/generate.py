@@ -202,8 +202,6 @@ def generate(
                 protected = ProtectedSet.open(path)
                 if not quiet:
                     say_tiers(protected)
-                if radius is None and protected.radii.isnan().any():
-                    raise UsageError(f"{path} has images without a radius; give one with --radius (see calibrate).")
         from shielded.runs.job import run
         from shielded.runs.model_call import ModelCall
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from shielded.files import replacing
+from shielded.models import VARIETY_RADIUS
 from shielded.protected import ProtectedSet
-from shielded.radius.evidence import Evidence
+from shielded.radius.evidence import Evidence, different_distances, draw_indices
 
+_SAMPLE = 500  # images that `suggested_radius` looks at
 RATES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # rates of false alarms in the table of `protection_radius`
 
 
@@ -87,6 +89,21 @@ def protection_radius(evidence: Evidence, rate: float = 0.01, radius: float | No
 def nearly_equal_below(evidence: Evidence) -> float:
     """Return the distance below which different pictures nearly equal each other; 0 without altered copies."""
     return min((float(np.median(distances)) for distances in evidence.copies.values() if len(distances)), default=0.0)
+
+
+def suggested_radius(protected: ProtectedSet, rate: float = 0.01) -> float:
+    """Suggest a radius for a set without one, without pictures or prompts: see `shielded calibrate` for a better one.
+
+    Args:
+        protected: the set.
+        rate: tolerated share of protected images that lie within the radius of a different one.
+
+    Returns:
+        L2: `VARIETY_RADIUS` √dim, or less where that rate asks for it. Up to 500 images decide.
+    """
+    most = VARIETY_RADIUS * protected.space.dim**0.5
+    different, _ = different_distances(protected, draw_indices(len(protected), _SAMPLE, 0))
+    return min(most, largest_radius(different, rate)) if np.isfinite(different).any() else most
 
 
 def _figures(evidence: Evidence, radius: float, basis: np.ndarray) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from shielded.generation import distributed
 from shielded.generation.repair import OnLeak, check_on_leak
 from shielded.models import PROTECTION, VARIETY, VARIETY_RADIUS, preset_of
 from shielded.models.prompts import cut_prompts, without_length_warnings
-from shielded.protected import open_sets, parts_of
+from shielded.protected import ProtectedSet, open_sets, parts_of
+from shielded.radius.choose import suggested_radius
 from shielded.runs.folder import RunFolder
 from shielded.runs.model_call import ModelCall
 from shielded.runs.names import PATTERN, image_names
@@ -69,7 +70,8 @@ def run(
         seeds: different numbers; an image is made of each prompt with each of them.
         call: the model and how it is called; None: the embedded one.
         protect: folders of protected sets, which all count.
-        radius: of the shields, L2 in the latent space; None: the set's own, or that of `VARIETY`.
+        radius: of the shields, L2 in the latent space; None: the set's own, that of `suggested_radius` where it has
+            none, or without a set that of `VARIETY`.
         overcompensation: λ; None: that of the job.
         device: None: CUDA if there is one.
         progress: whether progress is shown.
@@ -108,6 +110,7 @@ def run(
     push |= {name: value for name, value in given.items() if value is not None}
     if protected is not None:
         protected.require_space(opened.space)  # before anything is sampled or written
+        radius = _radius_of(protected, warn) if radius is None else radius
     else:
         radius, on_leak = radius or VARIETY_RADIUS * opened.space.dim**0.5, "report"
     if calibration is None and (radius_schedule == "posterior" or (radius_schedule is None and protected is not None)):
@@ -169,3 +172,25 @@ def run(
     paths = [str(path) for path in protect]
     named = paths[0] if len(paths) == 1 else paths or None
     return folder.finish(report, spell_arguments(spell, named, calibration), extra=extra)
+
+
+def _radius_of(protected: ProtectedSet, warn: Callable[[str], None] | None) -> float | None:
+    """Suggest a radius for a set without any; None where each image has its own.
+
+    Raises:
+        RequestError: some images have one and others not.
+    """
+    missing = protected.radii.isnan()
+    if not missing.any():
+        return None
+    if not missing.all():
+        raise RequestError(
+            f"{int(missing.sum())} of {len(protected)} protected images have no radius; give one with --radius."
+        )
+    radius = suggested_radius(protected)
+    if warn is not None and distributed.is_main():
+        warn(
+            f"The set has no radius; {radius:.4g} is taken: at most 1 % of its different images are that close, and it "
+            f"is at most {VARIETY_RADIUS:g} √dim. `shielded calibrate` finds a better one; --radius overrides."
+        )
+    return radius
