@@ -303,7 +303,7 @@ def test_settings_of_the_report_make_the_same_images_again(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
 def test_a_run_that_stops_keeps_what_is_finished(protected, tmp_path, monkeypatch, error):
-    batches = iter([False] * 5 + [True])  # 34 images are three batches; the last one with SPELL fails
+    batches = iter([False] * 5 + [True])  # five images are three batches; the last one with SPELL fails
     sample = generation._sample
 
     def stopping(*arguments):
@@ -312,16 +312,16 @@ def test_a_run_that_stops_keeps_what_is_finished(protected, tmp_path, monkeypatc
         return sample(*arguments)
 
     monkeypatch.setattr(generation, "_sample", stopping)
-    arguments = ["generate", "cat", "-n", "34", "--steps", "2", "--protect", str(protected[1]), "--on-leak", "refuse"]
-    result = runner.invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    arguments = ["generate", "cat", "-n", "5", "--batch", "2", "--steps", "2", "--on-leak", "refuse"]
+    result = runner.invoke(app, [*arguments, "--protect", str(protected[1]), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr
-    assert f"32 of 34 images are finished: {tmp_path / 'out' / 'report.html'}" in result.stderr
-    assert len(list((tmp_path / "out" / "without").glob("*.png"))) == 34
+    assert f"4 of 5 images are finished: {tmp_path / 'out' / 'report.html'}" in result.stderr
+    assert len(list((tmp_path / "out" / "without").glob("*.png"))) == 5
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["n"] == 32 == len(report["certificates"]) + len(report["refused"])
+    assert report["n"] == 4 == len(report["certificates"]) + len(report["refused"])
     trace = (tmp_path / "out" / "trace.csv").read_text().splitlines()[1:]
-    assert {int(row.split(",")[2]) for row in trace} == set(range(32))
+    assert {int(row.split(",")[2]) for row in trace} == set(range(4))
     verified = runner.invoke(app, ["verify", str(tmp_path / "out" / "with"), "--protect", str(protected[1])])
     assert verified.exit_code == 0, verified.output
     assert '"event": "stopped"' in (tmp_path / "out" / "with" / "audit.jsonl").read_text()

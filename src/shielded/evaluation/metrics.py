@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _MAX_ROWS_PER_BLOCK = 1024  # of a distance matrix
+_MAX_DRAWN = 1 << 22  # numbers that the bootstrap draws at once
 _MIN_EIGENVALUE_SHARE = 1e-12  # of the sum; smaller eigenvalues are rounding noise
 
 
@@ -313,8 +314,10 @@ def bootstrap_interval(
         raise ValueError(f"level must lie between 0 and 1, got {level}.")
     values = _checked(values[:, None], "values", at_least=2)[:, 0].cpu()
     generator = generator or torch.Generator().manual_seed(0)
-    means = torch.stack([
-        values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)
+    several = max(1, _MAX_DRAWN // len(values))
+    means = torch.cat([
+        values[torch.randint(len(values), (min(several, resamples - first), len(values)), generator=generator)].mean(1)
+        for first in range(0, resamples, several)
     ])  # fmt: skip
     tail = (1 - level) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
