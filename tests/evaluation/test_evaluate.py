@@ -74,7 +74,7 @@ def test_files_that_are_no_pictures_are_skipped_and_named(folders, tmp_path):
         (["-k", "0"], 2, ""),
         (["--nothing"], 2, ""),
         (["-k", "9"], 2, "too few for 9 neighbours"),
-        (["--features", "magic"], 2, "is not one of 'emoji'"),
+        (["--features", "magic"], 2, "--features takes emoji, clip, dinov2 or inception, not 'magic'"),
     ],
 )
 def test_errors_are_one_sentence_with_an_exit_code(folders, more, code, message):
