@@ -479,3 +479,35 @@ def test_a_folder_that_vanishes_is_one_sentence(run, tmp_path, monkeypatch, batc
     result = run("owl", "-n", "2", "--batch", "1", "--quiet", code=1)
     assert result.stderr.count("\n") == 1
     assert re.match(rf"Error: {tmp_path}/out\S* is gone", result.stderr)
+
+
+# What a newcomer stumbled over ---------------------------------------------------------------------------------------
+
+
+def test_images_of_different_batches_are_not_called_far_apart(run, tmp_path):
+    result = run("owl", "--seeds", "1,2", "--batch", "1", options=("--steps", "2", "--radius", "1000"))
+    assert "Images of different batches do not keep apart" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cat", "--seeds", "1", "--resume"], "a finished run of other prompts or seeds"),
+        (["owl", "--seeds", "2", "--resume"], "a finished run of other prompts or seeds"),
+        (["owl", "--seeds", "0-4294967295"], "more than 1,000,000 seeds"),
+        (["owl", "--name", "x" * 250, "--overwrite"], "too long for a file"),
+    ],
+)
+def test_requests_that_would_do_something_else_are_refused(run, tmp_path, arguments, message):
+    run("owl", "--seeds", "1")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert message in run(*arguments, code=2).stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def test_resume_without_a_run(run, tmp_path):
+    assert "a new one begins" in run("owl", "--seeds", "1", "--resume").stderr
+    assert "nothing is left to do" in run("owl", "--seeds", "1", "--resume").stderr
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "report.json").write_text("{}")
+    assert "holds no run that was stopped" in run("owl", "--resume", out="foreign", code=2).stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ from shielded.models import DEFAULT_MODEL
 _SAMPLING, _SHIELDS = "Sampling", "Shields"
 _IMAGES = 4  # of each prompt, unless -n or --seeds says otherwise
 _MAX_SEED = 2**32 - 1
+_MAX_SEEDS = 1_000_000  # of one run
 
 
 def generate(
@@ -192,7 +194,7 @@ def generate(
         if resume and overwrite:
             raise UsageError("--resume keeps what is there and --overwrite deletes it; give one of them.")
         dimensions, loras = _size(size), tuple(_lora(given) for given in lora or ())
-        finished = resume and _finished(out)
+        finished = resume and _finished(out, texts, numbers, name)
         if not resume:
             check_out(out, overwrite)
         if protect:
@@ -264,9 +266,11 @@ def _seeds(given: str | None, first: int | None, n: int | None) -> list[int]:
         start, end = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not start <= end <= _MAX_SEED:
             raise UsageError(f"--seeds takes whole numbers such as 1,5,9 or 0-7, not {given!r}.")
+        if len(found) + end - start >= _MAX_SEEDS:
+            raise UsageError(f"--seeds names more than {_MAX_SEEDS:,} seeds; make several runs.")
         found += range(start, end + 1)
     if len(set(found)) < len(found):
-        twice = next(seed for seed in found if found.count(seed) > 1)
+        twice = Counter(found).most_common(1)[0][0]
         raise UsageError(f"--seeds names {twice} twice, which would be the same image.")
     return found
 
@@ -294,13 +298,24 @@ def _lora(given: str) -> tuple[Path, float]:
     return Path(path), value
 
 
-def _finished(out: Path) -> bool:
-    """Tell whether a folder holds a finished run; refuse one that holds neither that nor a stopped one."""
-    if (out / "unfinished" / "request.json").is_file() or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _finished(out: Path, prompts: list[str], seeds: list[int], pattern: str) -> bool:
+    """Tell whether a folder holds this run, finished; refuse one that holds neither that nor a stopped one."""
+    from shielded.runs.names import image_names
+
+    if (out / "unfinished" / "request.json").is_file():
         return False
-    if (out / "report.json").is_file():
-        return True
-    raise UsageError(f"{out} holds no run that was stopped; leave out --resume, or give another --out.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        typer.echo(f"There is no run in {out} to go on with; a new one begins.", err=True)
+        return False
+    try:
+        refused = len(json.loads((out / "report.json").read_bytes())["refused"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{out} holds no run that was stopped; leave out --resume, or give another --out.") from None
+    expected = image_names([p for p in prompts for _ in seeds], [seed for _ in prompts for seed in seeds], pattern)
+    made = {path.name for path in (out / "with").glob("*.png")}
+    if not made <= set(expected) or len(made) + refused != len(expected):
+        raise UsageError(f"{out} holds a finished run of other prompts or seeds; give another --out.")
+    return True
 
 
 # Summary ------------------------------------------------------------------------------------------------------------
@@ -346,6 +361,11 @@ def _variety(report: dict[str, Any]) -> list[str]:
     radius = number(report["radius"])
     if after is None:
         return ["One image has no other to keep apart from, so SPELL changed nothing; -n makes several."]
+    if not report["corrected"] and after < report["radius"]:
+        return [
+            f"Within the batches all were further than {radius} apart, so SPELL changed nothing. Images of different "
+            f"batches do not keep apart, and the two closest are at a distance of {number(after)}; see --batch."
+        ]
     if not report["corrected"]:
         return [f"All were further than {radius} from each other anyway, so SPELL changed nothing; see --radius."]
     instead = "" if before is None else f" instead of {number(before)}"

@@ -70,7 +70,7 @@ class ModelCall:
             options |= {} if self.strength is None else {"strength": self.strength}
             if int(options["steps"] * options.get("strength", 1)) < 1:
                 raise RequestError(
-                    f"{options['steps']} steps of strength {self.strength:g} are none; give more of one."
+                    f"{options['steps']} steps at strength {self.strength:g} leave none to take; give more of either."
                 )
         else:
             space = LatentSpace.of(pipe, height, width)

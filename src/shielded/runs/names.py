@@ -10,6 +10,7 @@ from shielded._extras import RequestError
 PATTERN = "{prompt}-{seed}"
 _FIELDS = ("prompt", "seed", "number")
 _MAX_PROMPT_LETTERS = 60
+_MAX_NAME_BYTES = 240  # file systems take 255, of which a temporary name needs some
 
 
 def image_name(prompt: str, seed: int, pattern: str = PATTERN, number: int = 0) -> str:
@@ -44,6 +45,9 @@ def image_names(prompts: Sequence[str], seeds: Sequence[int], pattern: str = PAT
     """
     check_pattern(pattern)
     names = [image_name(prompt, seed, pattern, i) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+    longest = max((len(name.encode()) for name in names), default=0)
+    if longest > _MAX_NAME_BYTES:
+        raise RequestError(f"the pattern {pattern[:20]!r}... makes names of {longest} letters, too long for a file.")
     if len({name.lower() for name in names}) == len(names):
         return names
     if pattern != PATTERN:
