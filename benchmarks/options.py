@@ -19,7 +19,7 @@ from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score, frechet_distance, vendi
 from shielded.files import replacing
 from shielded.generation import Generated, generate
-from shielded.models import EMOJI, PRESETS, PROTECTION, VARIETY, VARIETY_RADIUS, load
+from shielded.models import EMOJI, PRESETS, PROTECTION, PROTECTION_RADIUS, VARIETY, VARIETY_RADIUS, load
 
 SEEDS = 8
 KEPT = {"release": None, "radius_schedule": "constant"}  # as published
@@ -140,8 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--radius", type=float, default=VARIETY_RADIUS, help="in units of √dim")
-    parser.add_argument("--diversity-radius", type=float, default=1.5 * VARIETY_RADIUS, help="in units of √dim")
+    parser.add_argument("--radius", type=float, default=PROTECTION_RADIUS, help="in units of √dim")
+    parser.add_argument("--diversity-radius", type=float, default=VARIETY_RADIUS, help="in units of √dim")
     args = parser.parse_args()
     study = Study(args.prompts)
     root = LatentSpace.of(study.pipe).dim ** 0.5

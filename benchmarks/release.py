@@ -2,7 +2,7 @@
 
     python benchmarks/release.py --out docs/method.md --sheet docs/images/release.webp
 
-Each plain picture is protected with a radius of `VARIETY_RADIUS`. Rows of the sheet: plain, guidance kept and images
+Each plain picture is protected with a radius of `PROTECTION_RADIUS`. Rows of the sheet: plain, guidance kept and images
 inside sampled again, guidance released (the default of `shielded generate --protect`).
 """
 
@@ -22,7 +22,7 @@ from shielded.evaluation.encoder import Encoder, encoder_of
 from shielded.evaluation.metrics import caption_score
 from shielded.files import replace_section
 from shielded.generation import Generated, generate
-from shielded.models import PROTECTION, VARIETY_RADIUS, load, preset_of
+from shielded.models import PROTECTION, PROTECTION_RADIUS, load, preset_of
 from shielded.spell import Calibration
 
 PROMPTS = ["owl", "red heart", "pizza", "sunflower", "cat face", "rocket", "guitar", "tiger"]
@@ -80,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         protected = ProtectedSet.create(Path(folder) / "set", space)
         ids = [f"{text} {seed}" for text, seed in zip(texts, seeds, strict=True)]
-        protected.add(space.encode(plain.images), ids, VARIETY_RADIUS * space.dim**0.5)
+        protected.add(space.encode(plain.images), ids, PROTECTION_RADIUS * space.dim**0.5)
         lines = [HEAD, "|---|---|---|---|---|---|", row("plain", plain, protected, plain, encoder, texts)]
         margins = {f"margin {margin:g}": {**PROTECTION, "margin": margin} for margin in args.margins}
         for name, setting in {**SETTINGS, **margins}.items():

@@ -32,7 +32,7 @@ from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import caption_score, frechet_distance, precision_recall
 from shielded.files import replacing, write_json
 from shielded.generation import generate
-from shielded.models import EMOJI, PRESETS, PROTECTION, VARIETY_RADIUS, load, preset_of
+from shielded.models import EMOJI, PRESETS, PROTECTION, PROTECTION_RADIUS, load, preset_of
 from shielded.protected.ingest.archives import tar_files
 from shielded.protected.ingest.pictures import decode_picture
 from shielded.spell import Calibration
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Markdown file; default: only printed")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--images", type=int, default=5, help="per prompt")
-    parser.add_argument("--radius", type=float, default=VARIETY_RADIUS, help="in units of √dim")
+    parser.add_argument("--radius", type=float, default=PROTECTION_RADIUS, help="in units of √dim")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--attempts", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

@@ -382,9 +382,9 @@ def test_radii_are_measured_or_asked_for_or_per_root_dimension(pipe, tmp_path):
     made = study(tmp_path, pipe)
     assert radii(made, 3.0) == (3.0, 3.0)
     root = LatentSpace.of(pipe).dim ** 0.5
-    assert radii(made) == pytest.approx((0.8125 * root, 0.25 * root))
+    assert radii(made) == pytest.approx((0.8125 * root, 0.45 * root))
     made.model = "sd1.5"  # its preset, with the latents of the pipeline at hand
-    assert radii(made) == pytest.approx((0.78 * root, 0.25 * root))
+    assert radii(made) == pytest.approx((0.78 * root, 0.45 * root))
 
 
 def test_unknown_methods_are_an_error(pipe, tmp_path):

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from shielded.models.guidance import GUIDANCE_OPTIONS, guidance_option
     from shielded.models.loading import call_options, guidance_call, load, locate, names
-    from shielded.models.presets import EMOJI, PRESETS, PROTECTION, VARIETY, VARIETY_RADIUS, Preset, preset_of, table
+    from shielded.models.presets import (
+        EMOJI,
+        PRESETS,
+        PROTECTION,
+        PROTECTION_RADIUS,
+        VARIETY,
+        VARIETY_RADIUS,
+        Preset,
+        preset_of,
+        table,
+    )
 
 DEFAULT_MODEL: Final = "emoji"  # the embedded model; the features of its encoder have the same name
 
@@ -19,6 +29,7 @@ _PUBLIC = {
     "PRESETS": "shielded.models.presets",
     "PROTECTION": "shielded.models.presets",
     "VARIETY": "shielded.models.presets",
+    "PROTECTION_RADIUS": "shielded.models.presets",
     "VARIETY_RADIUS": "shielded.models.presets",
     "Preset": "shielded.models.presets",
     "call_options": "shielded.models.loading",
@@ -36,6 +47,7 @@ __all__ = [
     "GUIDANCE_OPTIONS",
     "PRESETS",
     "PROTECTION",
+    "PROTECTION_RADIUS",
     "VARIETY",
     "VARIETY_RADIUS",
     "Preset",

@@ -15,11 +15,12 @@ EMOJI = Path(__file__).parent / "emoji"
 # Protection: wider shields while sampling, so that a picture stays outside when it is decoded, and guidance let go down
 # to a low noise level, so that it becomes another picture. Measured on the embedded model (docs/method.md).
 PROTECTION: dict[str, Any] = {"margin": 0.25, "release": 0.2, "overcompensation": 2.5}
+PROTECTION_RADIUS = 0.25  # per √dim, where a set has none
 
-# Variety: `Spell(radius=VARIETY_RADIUS * dim**0.5, **VARIETY)` keeps a small distance to the end, and lets guidance go
+# Variety: `Spell(radius=VARIETY_RADIUS * dim**0.5, **VARIETY)` keeps a distance to the end, and lets guidance go
 # for as long as images of one prompt coincide. Measured on the embedded model (docs/decisions.md).
 VARIETY: dict[str, Any] = {"release": 0.2}
-VARIETY_RADIUS = 0.25  # per √dim
+VARIETY_RADIUS = 0.45  # per √dim
 
 PAPER = "paper: 200 for latents of 16×64×64"
 UNTESTED = "untested on real weights; the paper's for sd3"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shielded.files import replacing
-from shielded.models import VARIETY_RADIUS
+from shielded.models import PROTECTION_RADIUS
 from shielded.protected import ProtectedSet
 from shielded.radius.evidence import Evidence, different_distances, draw_indices
 
@@ -99,9 +99,9 @@ def suggested_radius(protected: ProtectedSet, rate: float = 0.01) -> float:
         rate: tolerated share of protected images that lie within the radius of a different one.
 
     Returns:
-        L2: `VARIETY_RADIUS` √dim, or less where that rate asks for it. Up to 500 images decide.
+        L2: `PROTECTION_RADIUS` √dim, or less where that rate asks for it. Up to 500 images decide.
     """
-    most = VARIETY_RADIUS * protected.space.dim**0.5
+    most = PROTECTION_RADIUS * protected.space.dim**0.5
     different, _ = different_distances(protected, draw_indices(len(protected), _SAMPLE, 0))
     return min(most, largest_radius(different, rate)) if np.isfinite(different).any() else most
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from shielded.generation import Generated
 from shielded.generation.repair import OnLeak
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, PROTECTION, VARIETY, guidance_call, load
+from shielded.models import DEFAULT_MODEL, PROTECTION, PROTECTION_RADIUS, VARIETY, VARIETY_RADIUS, guidance_call, load
 from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import calibration_of, make_pair, spell_arguments
@@ -20,8 +20,6 @@ PROMPTS = ("red heart", "pizza", "owl", "sunflower")
 SEEDS = (0, 1, 2, 3)
 DIVERSITY_PROMPT = "red heart"
 DIVERSITY_SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
-RADIUS = 0.25  # of the shields around protected pictures, per √dim
-DIVERSITY_RADIUS = 0.375  # between the images of one prompt, per √dim
 
 
 def demo(
@@ -48,8 +46,8 @@ def demo(
         prompts: of part one.
         seed: added to all seeds.
         steps: of the sampler.
-        radius: of the shields in part one, L2; None: `RADIUS` √dim.
-        diversity_radius: distance that the images of part two keep from each other, L2; None: `DIVERSITY_RADIUS` √dim.
+        radius: of the shields in part one, L2; None: `PROTECTION_RADIUS` √dim.
+        diversity_radius: distance that the images of part two keep from each other, L2; None: `VARIETY_RADIUS` √dim.
         overcompensation: λ; None: that of `PROTECTION` and of `Spell`.
         device: None: CUDA if there is one.
         progress: whether progress bars are shown.
@@ -59,8 +57,8 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     pipe = load(DEFAULT_MODEL, device)
     space = LatentSpace.of(pipe)
-    radius = radius or RADIUS * space.dim**0.5
-    diversity_radius = diversity_radius or DIVERSITY_RADIUS * space.dim**0.5
+    radius = radius or PROTECTION_RADIUS * space.dim**0.5
+    diversity_radius = diversity_radius or VARIETY_RADIUS * space.dim**0.5
     options: dict[str, Any] = {"steps": steps, **guidance_call(pipe, DEFAULT_MODEL)}
     given = {} if overcompensation is None else {"overcompensation": overcompensation}
     calibration = calibration_of(DEFAULT_MODEL)

@@ -12,7 +12,7 @@ from shielded._extras import RequestError
 from shielded.certificates.certificate import history_sha256
 from shielded.generation import distributed
 from shielded.generation.repair import OnLeak, check_on_leak
-from shielded.models import PROTECTION, VARIETY, VARIETY_RADIUS, preset_of
+from shielded.models import PROTECTION, PROTECTION_RADIUS, VARIETY, VARIETY_RADIUS, preset_of
 from shielded.models.prompts import cut_prompts, without_length_warnings
 from shielded.protected import ProtectedSet, open_sets, parts_of
 from shielded.radius.choose import suggested_radius
@@ -191,6 +191,6 @@ def _radius_of(protected: ProtectedSet, warn: Callable[[str], None] | None) -> f
     if warn is not None and distributed.is_main():
         warn(
             f"The set has no radius; {radius:.4g} is taken: at most 1 % of its different images are that close, and it "
-            f"is at most {VARIETY_RADIUS:g} √dim. `shielded calibrate` finds a better one; --radius overrides."
+            f"is at most {PROTECTION_RADIUS:g} √dim. `shielded calibrate` finds a better one; --radius overrides."
         )
     return radius
