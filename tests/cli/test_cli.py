@@ -346,13 +346,15 @@ def test_debug_shows_where(tmp_path):
     assert isinstance(runner.invoke(app, ["evaluate", "nowhere", "nowhere", "--debug"]).exception, FileNotFoundError)
 
 
-def test_a_set_without_radii_is_refused_before_the_model_is_loaded(protected, tmp_path, monkeypatch):
-    target = tmp_path / "set"
-    assert runner.invoke(app, ["protect", str(protected[0] / "owl-0.png"), "--out", str(target)]).exit_code == 0
+def test_a_set_with_some_radii_is_refused_before_the_model_is_loaded(protected, tmp_path, monkeypatch):
+    pictures, target = protected[0], tmp_path / "set"
+    for name, options in (("owl-0", ()), ("owl-1", ("--add", "--radius", "9"))):
+        given = ["protect", str(pictures / f"{name}.png"), "--out", str(target), *options]
+        assert runner.invoke(app, given).exit_code == 0
     monkeypatch.setattr("shielded.runs.model_call.load", lambda *_: pytest.fail("loaded"))
     result = generate_owls(target, tmp_path / "out")
     assert result.exit_code == 2
-    assert "give one with --radius" in result.stderr
+    assert "1 of 2 protected images have no radius; give one with --radius" in result.stderr
 
 
 def test_radii_that_stay_are_named(protected):

@@ -102,15 +102,16 @@ def run(
     every_prompt = [prompt for prompt in prompts for _ in seeds]
     every_seed = [seed for _ in prompts for seed in seeds]
     files = image_names(every_prompt, every_seed, names)
-    opened = call.open(device if joined is None else str(joined), progress)
     protected = open_sets(protect) if protect else None
+    if protected is not None and radius is None:
+        radius = _radius_of(protected, warn)
+    opened = call.open(device if joined is None else str(joined), progress)
     push: dict[str, Any] = dict(VARIETY if protected is None else PROTECTION)
     given = {"overcompensation": overcompensation, "release": release, "margin": margin}
     push["window"] = (1.0, window_end)
     push |= {name: value for name, value in given.items() if value is not None}
     if protected is not None:
         protected.require_space(opened.space)  # before anything is sampled or written
-        radius = _radius_of(protected, warn) if radius is None else radius
     else:
         radius, on_leak = radius or VARIETY_RADIUS * opened.space.dim**0.5, "report"
     if calibration is None and (radius_schedule == "posterior" or (radius_schedule is None and protected is not None)):
