@@ -339,7 +339,15 @@ def test_a_run_that_stops_before_shields_keeps_the_plain_images(tmp_path, monkey
     result = runner.invoke(app, ["generate", "cat", "-n", "2", "--steps", "2", "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "2 of 2 images without SPELL are in" in result.stderr
+    assert "with --resume goes on" in result.stderr
     assert len(list((tmp_path / "out" / "without").glob("*.png"))) == 2
+
+
+def test_only_a_run_that_can_go_on_says_how(tmp_path):
+    folder = RunFolder(tmp_path / "out")  # of the demo and the studio
+    assert folder.how_to_go_on == ""
+    folder.start({})
+    assert "--resume" in folder.how_to_go_on
 
 
 def test_debug_shows_where(tmp_path):

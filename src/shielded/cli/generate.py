@@ -196,6 +196,8 @@ def generate(
         dimensions, loras = _size(size), tuple(_lora(given) for given in lora or ())
         finished = resume and _finished(out, texts, numbers, name)
         if not resume:
+            if not overwrite and _stopped(out):
+                raise UsageError(f"{out} holds a stopped run; --resume goes on with it, --overwrite deletes it.")
             check_out(out, overwrite)
         if protect:
             from shielded.protected import ProtectedSet
@@ -232,7 +234,7 @@ def generate(
                 margin=margin,
                 batch_size=batch,
                 compare=not compare,
-                resume=resume and (out / "unfinished").is_dir(),
+                resume=resume and _stopped(out),
                 names=name,
                 warn=lambda message: typer.echo(message, err=True),
             )
@@ -298,11 +300,20 @@ def _lora(given: str) -> tuple[Path, float]:
     return Path(path), value
 
 
+def _stopped(out: Path) -> bool:
+    """Tell whether a folder holds a run that can go on."""
+    if not out.is_dir():
+        return False
+    from shielded.runs.unfinished import Unfinished
+
+    return Unfinished(out).exists
+
+
 def _finished(out: Path, prompts: list[str], seeds: list[int], pattern: str) -> bool:
     """Tell whether a folder holds this run, finished; refuse one that holds neither that nor a stopped one."""
     from shielded.runs.names import image_names
 
-    if (out / "unfinished" / "request.json").is_file():
+    if _stopped(out):
         return False
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         typer.echo(f"There is no run in {out} to go on with; a new one begins.", err=True)

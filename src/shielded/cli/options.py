@@ -172,8 +172,6 @@ def _stop(message: str, code: int) -> NoReturn:
 def check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder with --out.")
-    if (out / "unfinished" / "request.json").is_file() and not overwrite:
-        raise UsageError(f"{out} holds a stopped run; --resume goes on with it, --overwrite deletes it.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UsageError(f"{out} exists and is not empty; it is kept. Use --overwrite, or another --out.")
 

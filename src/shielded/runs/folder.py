@@ -57,6 +57,11 @@ class RunFolder:
         else:
             self._unfinished.start(request)
 
+    @property
+    def how_to_go_on(self) -> str:
+        """A sentence behind others on a stopped run; empty where it cannot go on."""
+        return "" if self._unfinished is None else " The same command with --resume goes on with it."
+
     def kept(self, stage: Stage) -> list[tuple[Generated, list[dict[str, Any]]]]:
         """Read the batches that the stopped run had finished, with their traces."""
         return self._unfinished.batches(stage) if self._unfinished is not None and self.resumed else []
@@ -146,8 +151,8 @@ class RunFolder:
         write_report(page, content, report.rows, diversity, report.spell.trace, call, report.settings)
         write_json(self.path / "report.json", content)
         if report.stopped is not None:
-            again = "" if self._unfinished is None else " The same command with --resume goes on with it."
-            report.stopped.add_note(f"{len(report.rows)} of {report.requested} images are finished: {page}.{again}")
+            finished = f"{len(report.rows)} of {report.requested} images are finished: {page}."
+            report.stopped.add_note(finished + self.how_to_go_on)
             raise report.stopped
         if self._unfinished is not None:
             self._unfinished.delete()

@@ -136,9 +136,8 @@ def make_pair(
     except (Exception, KeyboardInterrupt) as error:
         if not main or not shielded:
             if plain and folder is not None:
-                error.add_note(
-                    f"{_size(plain)} of {len(prompts)} images without SPELL are in {folder.without}; --resume goes on."
-                )
+                made = f"{_size(plain)} of {len(prompts)} images without SPELL are in {folder.without}."
+                error.add_note(made + folder.how_to_go_on)
             raise
         stopped = error
         if folder is not None:
