@@ -10,10 +10,11 @@ from PIL import Image, ImageOps
 
 from shielded._extras import RequestError
 from shielded.files import file_sha256
-from shielded.latent_space import LatentSpace, to_rgb
+from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, call_options, load
 from shielded.models.loading import quiet
 from shielded.models.lora import add_lora
+from shielded.protected.ingest.pictures import decode_picture
 from shielded.samplers.named import use_scheduler
 
 
@@ -103,8 +104,7 @@ def _picture(path: Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"There is no picture at {path}.")
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        return decode_picture(path.read_bytes())
     except (OSError, ValueError):
         raise RequestError(f"{path} is not a picture that can be read.") from None
 
