@@ -7,6 +7,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionInpaintPipeline
 from PIL import Image
 
+from helpers.leaking import inside_at_first
 from helpers.scheduler_cases import ONE_SCHEDULE, case_id, make, sample
 from shielded import History, LatentSpace, ProtectedSet, RepelledDenoiser, Spell
 from shielded.generation import generate
@@ -279,13 +280,7 @@ def test_inpainting(pipe, plain, protected, four_channels, monkeypatch):
     assert min(x[kept].min() for x in measured(pipe, made, protected)) >= 4
     known = protected.vectors([0])[0]
     assert (made.latents - known)[..., mask == 0].abs().max() < 1e-3
-    encode, asked = LatentSpace.encode, []
-
-    def inside_at_first(space, images):
-        asked.append(images)
-        return protected.vectors(range(3)) if len(asked) == 1 else encode(space, images)
-
-    monkeypatch.setattr(LatentSpace, "encode", inside_at_first)
+    inside_at_first(monkeypatch, lambda: protected.vectors(range(3)))
     again = run(inpaint, spell, on_leak="restart", attempts=2, **{**options, "steps": 2})
     assert max(again.attempts) == 2
     assert again.images[0].size == (128, 128)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from helpers.browser import chromium
-from shielded import LatentSpace
+from helpers.leaking import inside_at_first
 from shielded.models import PRESETS, load
 
 gradio = pytest.importorskip("gradio")
@@ -37,13 +37,6 @@ def nothing(*_):
 
 
 def test_what_is_protected_is_kept_away_from(session, monkeypatch):
-    encode, asked = LatentSpace.encode, []
-
-    def inside_at_first(space, images):
-        """As if decoding had brought the images back inside, so that there are restarts to show."""
-        asked.append(images)
-        return session.protected.vectors([0, 1]) if len(asked) == 1 else encode(space, images)
-
     with pytest.raises(ValueError, match="nothing to keep away from"):
         session.generate(SETTINGS, nothing)
     seen = []  # steps done, steps in all, what
@@ -52,7 +45,7 @@ def test_what_is_protected_is_kept_away_from(session, monkeypatch):
     assert session.protect_result() == "2 added."
     assert session.protect_result() == "they are protected already."
     again = []
-    monkeypatch.setattr(LatentSpace, "encode", inside_at_first)
+    inside_at_first(monkeypatch, lambda: session.protected.vectors([0, 1]))  # so that there are restarts to show
     made = session.generate(SETTINGS, lambda *step: again.append(step))
     assert any("once more" in what for *_, what in again)  # restarts show, too
     assert all(1 <= done <= steps for done, steps, _ in again)
