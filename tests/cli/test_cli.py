@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from shielded.cli import app
 from shielded.generation import sampling as generation
+from shielded.runs.folder import RunFolder
 
 runner = CliRunner()
 
