@@ -181,7 +181,7 @@ def generate(
     Example: shielded generate "a red apple" -n 8 --out apples
     """
     with errors(debug):
-        texts = _prompts(prompt or [], prompts)
+        texts = _prompts(prompt or [], prompts, model)
         numbers = _seeds(seeds, seed, n)
         if calibration is not None and radius_schedule != "posterior" and (radius_schedule or not protect):
             raise UsageError("--calibration needs the posterior radius; add --radius-schedule posterior.")
@@ -248,9 +248,13 @@ def generate(
 # Options ------------------------------------------------------------------------------------------------------------
 
 
-def _prompts(given: list[str], file: Path | None) -> list[str]:
-    """List the prompts of the command line and of a file, each once."""
+def _prompts(given: list[str], file: Path | None, model: str) -> list[str]:
+    """List the prompts of the command line and of a file, each once; one that is empty if the model takes none."""
     found = list(dict.fromkeys(given + (read_prompts(file) if file is not None else [])))
+    if not found and model != DEFAULT_MODEL:
+        from shielded.models import needs_prompt
+
+        found = [] if needs_prompt(model) else [""]
     if not found:
         raise UsageError('there is no prompt; give one, such as shielded generate "a red apple", or --prompts FILE.')
     return found

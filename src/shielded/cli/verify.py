@@ -53,8 +53,10 @@ def verify(
             raise ValueError("none of the images could be read.")
         protected = ProtectedSet.open(protect)
         say_tiers(protected)
-        space = LatentSpace.of(load(model, device), *(protected.space.image_size or ()))
-        protected.require_space(space)
+        space = protected.space
+        if space.pixel_range is None:  # pixels need no model
+            space = LatentSpace.of(load(model, device), *(space.image_size or ()))
+            protected.require_space(space)
         files = [(Path(source), image) for _, image, source, _ in loaded]
         verified, logs = verify_images(files, space, protected, radius)
         if certified:

@@ -21,6 +21,8 @@ from shielded.generation.generated import Generated
 from shielded.generation.noise import CoupledNoise, coupling
 from shielded.generation.repair import RESTART_LEVEL, OnLeak, ThroughPictures, check_on_leak, repair
 from shielded.latent_space import LatentSpace
+from shielded.models.calls import conditioning, images_of, require_options, set_progress, step_option
+from shielded.protected import ProtectedSet
 from shielded.samplers import attach
 from shielded.samplers.diffusers import Correction
 from shielded.spell import Spell
@@ -75,11 +77,13 @@ def generate(
     continue with the image's own generator, so the same seeds give the same images after the same attempts.
 
     Args:
-        pipe: a diffusers pipeline with a supported scheduler.
-        prompts: one per image.
+        pipe: a diffusers pipeline, or an own one with a supported `scheduler` and `__call__`. Its call takes
+            `generator` (one per image), `prompt`, `class_labels` or `batch_size`, and returns images, as
+            `models.calls.images_of` reads them.
+        prompts: one per image; names or numbers of classes for class-conditional models, "" for unconditional ones.
         seeds: one per image; each image has a generator of its own.
         spell: the correction; None generates plainly.
-        steps: steps of the sampler.
+        steps: steps of the sampler, where the call takes `num_inference_steps`, `num_steps` or `steps`.
         batch_size: images per batch. Batch references are the other images of that batch, whatever number of processes
             shares it. Without batch repellency or history, `batch_size` is per process.
         label: text in front of the progress bar.
@@ -98,7 +102,8 @@ def generate(
             on the seeds before it. Restarts are not coupled.
         one_prompt: end a batch where the prompt changes, so that batch references are images of one prompt.
         first: images that an earlier call has made, which progress counts.
-        space: of the latents, to measure them with `on_leak`; None: that of the pipeline at the size of the options.
+        space: of the latents, to measure them with `on_leak`; None: that of a set of pixels, or of the pipeline at the
+            size of the options.
         **options: passed on to the pipeline, for example guidance_scale. `negative_prompt` and `image` may be one for
             all images.
 
@@ -108,17 +113,20 @@ def generate(
     Raises:
         ValueError: not one seed per prompt, on_leak without a ProtectedSet, or with a radius that cannot be kept;
             couple with several processes or with given pictures or latents.
-        TypeError: couple, and the pipeline does not draw one noise per image.
+        RequestError: the pipeline does not take an option, a prompt or a class.
+        TypeError: couple, and the pipeline does not draw one noise per image; a pipeline that cannot be called.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt.")
     check_on_leak(on_leak, attempts, spell)
+    require_options(pipe, ["generator", *options])
+    conditioning(pipe, prompts)  # refuses them before anything is sampled
     if processes:
         batch_size = batch_of_all(batch_size, spell)
     if on_leak == "report":
         space = None
     elif space is None:
-        space = LatentSpace.of(pipe, options.get("height"), options.get("width"))
+        space = _space_of(pipe, spell, options)
     if couple and (processes or {"image", "latents", "video"} & options.keys()):
         raise ValueError("couple=True is for text-to-image runs in one process, which draw their own noise.")
     noises = {prompt: CoupledNoise(size) for prompt, size in Counter(prompts).items()}
@@ -137,9 +145,10 @@ def generate(
             bar: dict[str, Any] = {"desc": f"{label} {number + 1}-{number + count} of {total}"}
             bar |= {"disable": not (progress and watched())}
             bar |= {"position": 1, "leave": False} if several else {}
-            pipe.set_progress_bar_config(**bar)
+            set_progress(pipe, **bar)
             generators = [torch.Generator().manual_seed(seed) for seed in numbers]
-            call = {"prompt": texts, "generator": generators, "num_inference_steps": steps, **options}
+            told = conditioning(pipe, texts)
+            call = {**told, "generator": generators, **step_option(pipe, steps), **options}
             for name in _PER_ROW:
                 if isinstance(call.get(name), str | Image.Image):
                     call[name] = [call[name]] * len(texts)
@@ -149,7 +158,7 @@ def generate(
             made = Generated(images[: share.kept], latents[: share.kept])
             events: list[tuple[str, dict[str, Any]]] = []
             if space is not None and spell is not None:
-                again = functools.partial(_restart, pipe, call, bar)
+                again = functools.partial(_restart, pipe, texts, call, bar)
                 note = functools.partial(_note, functools.partial(_keep, events) if processes else log, texts, numbers)
                 made = repair(spell, space, made.images, made.latents, again, on_leak, attempts, note)
             if processes:
@@ -164,8 +173,16 @@ def generate(
             whole.update(count)
             if finished is not None:
                 finished(made)
-    pipe.set_progress_bar_config(disable=True)
+    set_progress(pipe, disable=True)
     return Generated.joined(parts)
+
+
+def _space_of(pipe: Any, spell: Spell | None, options: dict[str, Any]) -> LatentSpace:
+    """Read the space of a run off its pipeline, or off the protected set, which knows all about pixels."""
+    protected = None if spell is None else spell.protected
+    if isinstance(protected, ProtectedSet) and protected.space.pixel_range is not None:
+        return protected.space
+    return LatentSpace.of(pipe, options.get("height"), options.get("width"))
 
 
 def _batches(prompts: list[str], batch_size: int, one_prompt: bool) -> Iterator[tuple[int, int]]:
@@ -191,13 +208,14 @@ def _sample(pipe: Any, spell: _Keeping | None, call: dict[str, Any]) -> tuple[li
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         call = {"callback_on_step_end": keep, **call}
     with spell.attach(pipe) if isinstance(spell, Spell | Gathered) else attach(pipe, watch):
-        images = pipe(**call).images
+        images = images_of(pipe, pipe(**call))
     latents = kept["latents"] if "latents" in kept else cast(Tensor, watch.finished)
     return images, latents.float().cpu()
 
 
 def _restart(
     pipe: Any,
+    prompts: list[str],
     call: dict[str, Any],
     bar: dict[str, Any],
     spell: ThroughPictures,
@@ -210,14 +228,15 @@ def _restart(
     """
     import diffusers
 
-    of_rows = ("prompt", "generator", *(name for name in _PER_ROW if isinstance(call.get(name), list)))
-    call = {**call, **{name: [call[name][i] for i in rows] for name in of_rows}}
+    told = conditioning(pipe, [prompts[i] for i in rows])
+    of_rows = ("generator", *(name for name in _PER_ROW if isinstance(call.get(name), list)))
+    call = {**call, **{name: [call[name][i] for i in rows] for name in of_rows}, **told}
     relative = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline"), None)
     if relative is None or "image" in call:
         return _sample(pipe, spell, call)
     parts = {**pipe.config, **pipe.components}
     again = relative(**{name: parts[name] for name in inspect.signature(relative).parameters if name in parts})
-    again.set_progress_bar_config(**{**bar, "desc": f"{len(rows)} inside a shield, sampled again"})
+    set_progress(again, **{**bar, "desc": f"{len(rows)} inside a shield, sampled again"})
     known = inspect.signature(again.__call__).parameters.keys() - {"latents", "timesteps", "sigmas"}
     # With few steps, repeat at least one of them.
     strength = max(RESTART_LEVEL, 1 / call["num_inference_steps"])

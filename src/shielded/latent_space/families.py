@@ -56,6 +56,20 @@ AUTOENCODERS = {  # by class, whether it works on videos; Qwen-Image's takes ima
 _EXCEPTIONS = {"LTXImageToVideoPipeline": "its sampler does not see the first frame"}
 
 
+# Pipelines of diffusers whose sampler works on pixels in [-1, 1], by class; not those that enlarge images.
+_PIXELS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline", "IFPipeline")
+
+
+def pixel_shape(pipe: Any) -> tuple[int, int, int] | None:
+    """Return the shape (C, height, width) of the pixels that a pipeline's sampler sees; None if it sees latents."""
+    if not any(cls.__name__ in _PIXELS for cls in type(pipe).__mro__):
+        return None
+    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
+    channels, size = unet.config.in_channels, unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return (channels, height, width) if channels in (1, 3) else None
+
+
 def parts(pipe: Any) -> tuple[Any, Any, PipelineFamily]:
     """Return the autoencoder, the denoiser and the family of a pipeline, without the wrappers of torch.compile.
 
@@ -67,7 +81,7 @@ def parts(pipe: Any) -> tuple[Any, Any, PipelineFamily]:
     denoiser = next((module for module in denoisers if module is not None), None)
     vae = getattr(pipe, "vae", None)
     vae, denoiser = getattr(vae, "_orig_mod", vae), getattr(denoiser, "_orig_mod", denoiser)
-    hint = "LatentSpace(shape) describes any space by its shape."
+    hint = "LatentSpace(shape) describes any space by its shape, LatentSpace.pixels(shape) one of pixels."
     if name in _EXCEPTIONS:
         raise TypeError(f"{name} is not supported: {_EXCEPTIONS[name]}. {hint}")
     for role, module, known in (("autoencoder", vae, AUTOENCODERS), ("denoiser", denoiser, FAMILIES)):

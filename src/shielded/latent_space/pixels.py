@@ -161,3 +161,58 @@ def check_images(images: Any, num_frames: int | None = None) -> list[Any]:
                 "num_frames=... to LatentSpace.of."
             )
     return images
+
+
+# A range of values other than [-1, 1] -----------------------------------------------------------------------------
+
+_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as Pillow makes grey
+_OVERSHOOT = 0.25  # share of a range by which a sampler may leave it
+
+
+def check_range(given: Any) -> tuple[float, float]:
+    """Return the values of black and white as two numbers.
+
+    Raises:
+        ValueError: they are not two finite numbers of which the second is larger.
+    """
+    try:
+        low, high = (float(value) for value in given)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not low < high or not np.isfinite([low, high]).all():
+        raise ValueError(f"range must be the values of black and white, such as (-1, 1) or (0, 1); got {given!r}.")
+    return low, high
+
+
+def to_range(pixels: Tensor, channels: int, around: tuple[float, float]) -> Tensor:
+    """Bring pixels (B, 3, height, width) in [-1, 1] to a range, as (B, channels, height, width)."""
+    if channels == 1:
+        pixels = (pixels * torch.tensor(_LUMINANCE).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    low, high = around
+    return pixels if around == (-1.0, 1.0) else low + (high - low) * (pixels + 1) / 2
+
+
+def from_range(values: Tensor, around: tuple[float, float]) -> Tensor:
+    """Bring values (B, C, height, width) of a range to pixels (B, 3, height, width) in [-1, 1]."""
+    low, high = around
+    pixels = values if around == (-1.0, 1.0) else 2 * (values - low) / (high - low) - 1
+    return pixels.expand(-1, 3, -1, -1)
+
+
+def require_range(values: Tensor, around: tuple[float, float]) -> None:
+    """Refuse pixels of another range.
+
+    Args:
+        values: (B, C, height, width), of a sampler too, which may leave the range a little.
+        around: the range.
+
+    Raises:
+        ValueError: names both ranges.
+    """
+    if not values.numel():
+        return
+    least, most = (value.item() for value in values.aminmax())
+    low, high = around
+    beyond = _OVERSHOOT * (high - low)
+    if least < low - beyond or most > high + beyond:
+        raise ValueError(f"this space holds pixels in [{low:g}, {high:g}]; got values from {least:g} to {most:g}.")

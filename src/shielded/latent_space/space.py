@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from shielded._extras import RequestError
 from shielded.latent_space import families
-from shielded.latent_space.pixels import check_images, check_pixels, clip_to_pixels, to_pil
+from shielded.latent_space.pixels import (
+    check_images,
+    check_pixels,
+    check_range,
+    clip_to_pixels,
+    from_range,
+    to_pil,
+    to_range,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class LatentSpace:
 
     Distances only mean something between latents of one space, so whatever is stored carries the `fingerprint` of
     the space it was made for. `LatentSpace(shape)` describes a space by its shape alone; `LatentSpace.of(pipe)` reads
-    everything off a pipeline.
+    everything off a pipeline; `LatentSpace.pixels(shape, range)` is that of a model without an autoencoder.
 
     A latent is `(z - shift) * scaling` for the mode z of the encoder's distribution, or `(z - mean) * scaling / std`
     where the autoencoder has statistics per channel; z is packed into tokens first where the sampler sees tokens.
@@ -40,6 +48,7 @@ class LatentSpace:
         vae_class: class name of the autoencoder.
         vae_sha256: digest of the weights of its encoder, as float16.
         vae: the autoencoder itself. It is neither stored nor compared.
+        pixel_range: values of black and white where the sampler sees pixels; None: it sees latents.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +62,7 @@ class LatentSpace:
     vae_class: str | None = None
     vae_sha256: str | None = None
     vae: nn.Module | None = field(default=None, repr=False, compare=False)
+    pixel_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.shape)
@@ -61,12 +71,39 @@ class LatentSpace:
                 f"shape must be positive integers such as (4, 64, 64), without the batch axis; got {shape}."
             )
         object.__setattr__(self, "shape", shape)
+        if self.pixel_range is not None:
+            object.__setattr__(self, "pixel_range", check_range(self.pixel_range))
+
+    @classmethod
+    def pixels(cls, shape: Sequence[int], range: tuple[float, float] = (-1.0, 1.0)) -> LatentSpace:
+        """Describe the space of a sampler that works on pixels: DDPM, Simple Diffusion, ADM.
+
+        It encodes and decodes without a model: an image is resized, cut and brought to the range.
+
+        Args:
+            shape: (3, height, width), or (1, height, width) for models of grey images.
+            range: values of black and white.
+
+        Raises:
+            ValueError: another shape, or a range that does not rise.
+
+        Example:
+            >>> LatentSpace.pixels((3, 64, 64)).dim
+            12288
+        """
+        space = cls(tuple(shape), image_size=(shape[-2], shape[-1]) if len(shape) == 3 else None, pixel_range=range)
+        if space.image_size is None or space.shape[0] not in (1, 3):
+            raise ValueError(f"pixels have the shape (3, height, width), or (1, height, width); got {space.shape}.")
+        return space
 
     @classmethod
     def of(
         cls, pipe: Any, height: int | None = None, width: int | None = None, num_frames: int | None = None
     ) -> LatentSpace:
         """Read the latent space off a diffusers pipeline.
+
+        Pipelines of diffusers that work on pixels (DDPM, DDIM, PNDM, consistency models, DeepFloyd IF) have
+        `LatentSpace.pixels`.
 
         Supported are the pipelines of Stable Diffusion 1, 2, XL and 3, DiT, PixArt, Sana, Z-Image, FLUX.1, FLUX.2 and
         Qwen-Image, and of the video models Wan and LTX, including image to image, inpainting and ControlNet.
@@ -87,6 +124,13 @@ class LatentSpace:
             TypeError: if the pipeline is of a kind that is not supported.
             ValueError: if a size does not fit the pipeline, or the encoder's weights are not at hand.
         """
+        pixels = families.pixel_shape(pipe)
+        if pixels is not None:
+            given = (height or pixels[1], width or pixels[2])
+            if given != pixels[1:] or num_frames is not None:
+                size = f"{pixels[1]}x{pixels[2]}"
+                raise RequestError(f"{type(pipe).__name__} makes images of {size} pixels; leave the size out.")
+            return cls.pixels(pixels)
         vae, denoiser, family = families.parts(pipe)
         rows, columns = families.default_size(pipe, vae, denoiser)
         height, width = height or rows, width or columns
@@ -128,11 +172,15 @@ class LatentSpace:
         parts: dict[str, Any] = {"shape": list(self.shape)}
         if self.vae_sha256 is not None:
             parts = self.to_json() | {"distribution": "mode"}
+        elif self.pixel_range is not None:
+            parts = {"shape": list(self.shape), "pixel_range": list(self.pixel_range)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the autoencoder, in JSON types; `from_json` reads it back."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vae"}
+        if self.pixel_range is None:
+            del values["pixel_range"]  # sets of earlier versions do not have it, and keep their fingerprint
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -176,9 +224,10 @@ class LatentSpace:
         ]
 
     def _encoder_differences(self, other: LatentSpace) -> list[str]:
-        if self.vae_sha256 is None or other.vae_sha256 is None:
+        if any(space.vae_sha256 is None and space.pixel_range is None for space in (self, other)):
             return []
-        different = self._differences(other, "vae_class", "patch", "scaling", "shift", "mean", "std")
+        names = ("vae_class", "patch", "scaling", "shift", "mean", "std", "pixel_range")
+        different = self._differences(other, *names)
         if not different and self.vae_sha256 != other.vae_sha256:
             return ["the encoder's weights (loaded as float32 or float16 they are the same, as bfloat16 they are not)"]
         return different
@@ -201,18 +250,28 @@ class LatentSpace:
             TypeError: if `images` is something else.
             ValueError: if the space has no autoencoder, or size or range of a tensor or a number of frames are wrong.
         """
-        vae, image_size = self._require_vae()
+        image_size = self._require_image_size()
         if isinstance(images, Tensor):
+            if self.shape[0] == 1 and images.shape[1:2] == (1,):
+                images = images.expand(-1, 3, *images.shape[2:])  # grey, as pixels of three equal channels
             images = check_pixels(images, image_size, self.num_frames)
         else:
             images = check_images(images, self.num_frames)
-        mean, scale = self._normalisation()
         latents = [torch.empty(0, *self.shape)]
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        pixels = (
+            batch
+            if isinstance(batch, Tensor)
+            else torch.stack([clip_to_pixels(item, image_size, self.num_frames) for item in batch])
+            for batch in batches
+        )
+        if self.pixel_range is not None:
+            channels, around = self.shape[0], self.pixel_range
+            return torch.cat(latents + [to_range(batch.float().cpu(), channels, around) for batch in pixels])
+        vae = self._require_vae()
+        mean, scale = self._normalisation()
         with families.ready(vae) as (device, dtype):
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size]
-                if not isinstance(batch, Tensor):
-                    batch = torch.stack([clip_to_pixels(item, image_size, self.num_frames) for item in batch])
+            for batch in pixels:
                 z = families.vae_encode(vae, batch.to(device, dtype)).float().cpu()
                 latents.append(((z if self.patch is None else families.pack(z, self.patch)) - mean) * scale)
         return torch.cat(latents)
@@ -231,11 +290,14 @@ class LatentSpace:
         Raises:
             ValueError: if the space has no autoencoder or the shape is wrong.
         """
-        vae, image_size = self._require_vae()
+        image_size = self._require_image_size()
         if tuple(latents.shape[1:]) != self.shape:
             raise ValueError(
                 f"latents must have the shape (B, {', '.join(map(str, self.shape))}); got {tuple(latents.shape)}."
             )
+        if self.pixel_range is not None:
+            return to_pil(from_range(latents.detach().float().cpu(), self.pixel_range))
+        vae = self._require_vae()
         mean, scale = self._normalisation()
         images: list[Any] = []
         with families.ready(vae) as (device, dtype):
@@ -254,10 +316,15 @@ class LatentSpace:
         channels = (-1,) if self.patch is not None else (-1, *[1] * (len(self.shape) - 1))
         return torch.tensor(self.mean).view(channels), self.scaling / torch.tensor(self.std).view(channels)
 
-    def _require_vae(self) -> tuple[nn.Module, tuple[int, int]]:
-        if self.vae is None or self.image_size is None:
+    def _require_image_size(self) -> tuple[int, int]:
+        if self.image_size is None or (self.vae is None and self.pixel_range is None):
             raise ValueError("This latent space has no autoencoder; LatentSpace.of(pipe) gives one that can encode.")
-        return self.vae, self.image_size
+        return self.image_size
+
+    def _require_vae(self) -> nn.Module:
+        self._require_image_size()
+        assert self.vae is not None  # the one way to have no autoencoder and an image size is pixels
+        return self.vae
 
 
 def _refuse(differences: list[str]) -> None:

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from shielded.models.calls import needs_prompt
     from shielded.models.guidance import GUIDANCE_OPTIONS, guidance_option
     from shielded.models.loading import call_options, guidance_call, load, locate, names
     from shielded.models.presets import (
@@ -38,6 +39,7 @@ _PUBLIC = {
     "load": "shielded.models.loading",
     "locate": "shielded.models.loading",
     "names": "shielded.models.loading",
+    "needs_prompt": "shielded.models.calls",
     "preset_of": "shielded.models.presets",
     "table": "shielded.models.presets",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "load",
     "locate",
     "names",
+    "needs_prompt",
     "preset_of",
     "table",
 ]

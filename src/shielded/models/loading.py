@@ -56,7 +56,8 @@ def load(
                 f"{source} is no folder here, and could not be loaded from the Hugging Face hub: check the name, the "
                 "network, and whether you have accepted the model's licence."
             ) from error
-    pipe.set_progress_bar_config(disable=True)
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 

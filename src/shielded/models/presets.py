@@ -147,7 +147,7 @@ PRESETS = {
         note="height and width have to be passed",
     ),
     "ltx": Preset("Lightricks/LTX-Video", _BFLOAT, 50, 3.0, (512, 704), num_frames=161),
-    "dit": Preset("facebook/DiT-XL-2-256", _HALF, 50, 4.0, (256, 256), note="takes class_labels instead of prompts"),
+    "dit": Preset("facebook/DiT-XL-2-256", _HALF, 50, 4.0, (256, 256), note="takes classes instead of prompts"),
 }
 
 

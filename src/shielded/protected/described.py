@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from shielded.copies import Descriptor
+from shielded.latent_space.pixels import require_range
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -145,12 +146,16 @@ class Described:
 
     def _described(self, given: Tensor | Sequence[Any] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Split what `add` was given into latents and descriptors; encode and describe images."""
+        space = self._reader.space
         if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
-            return given[0], given[1]
-        if isinstance(given, Sequence):
-            latents = self._reader.space.encode(given)
-            return latents, None if self.descriptor is None else self.describe(given)
-        return given, None
+            latents, described = given
+        elif isinstance(given, Sequence):
+            latents, described = space.encode(given), None if self.descriptor is None else self.describe(given)
+        else:
+            latents, described = given, None
+        if space.pixel_range is not None and isinstance(latents, Tensor):
+            require_range(latents, space.pixel_range)
+        return latents, described
 
     def _require(self, descriptor: Descriptor) -> None:
         if self.descriptor is None:

@@ -52,7 +52,7 @@ def _check(manifest: dict[str, Any]) -> None:
 
 def _space(data: dict[str, Any], fingerprint: Any) -> None:
     numbers: list[Any] = [data.get(name) for name in ("scaling", "shift")]
-    for name in ("mean", "std"):
+    for name in ("mean", "std", "pixel_range"):
         numbers += data[name] if isinstance(data.get(name), list) else [data.get(name) or 1.0]
     sizes = [data.get(name) or 1 for name in ("num_frames", "patch")]
     sizes += data["image_size"] if isinstance(data.get("image_size"), list) else [data.get("image_size") or 1]

@@ -17,6 +17,7 @@ from shielded.files import write_json
 from shielded.generation import generate
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, guidance_call, load, preset_of
+from shielded.models.calls import takes_prompts
 from shielded.protected import ProtectedSet
 from shielded.radius.choose import (
     diversity_radius,
@@ -50,6 +51,8 @@ def calibrate(
     steps: int = 25,
     device: str | None = None,
     progress: bool = True,
+    pipe: Any = None,
+    space: LatentSpace | None = None,
 ) -> dict[str, Any]:
     """Measure distances and the denoising error, and suggest radii.
 
@@ -61,7 +64,8 @@ def calibrate(
         model: as for `shielded.models.load`.
         protect: a protected set.
         images: files, folders or globs: where the set's image files are now or, without a set, images to measure.
-        prompts: texts for plain images; empty: captions of the model where its preset has some, else none.
+        prompts: texts or classes for plain images; empty: captions of the model where its preset has some, else none.
+            Models that take neither make plain images without.
         seeds: plain images per prompt; 0: none.
         rate: tolerated share of false alarms.
         radius: radius to report on instead of the suggested one.
@@ -71,13 +75,19 @@ def calibrate(
         steps: sampler steps.
         device: where the model runs; None: CUDA if there is one.
         progress: whether progress bars are shown.
+        pipe: a pipeline that is loaded already; `model` is then its name in the result. None: `model` is loaded.
+        space: of its latents, where `LatentSpace.of` does not know it.
 
     Raises:
         ValueError: nothing to measure, or a set that is empty or of another latent space.
     """
-    pipe = load(model, device)
-    space = LatentSpace.of(pipe)
-    texts = [text for text in prompts or _captions(model, seed) for _ in range(seeds)]
+    out.mkdir(parents=True, exist_ok=True)
+    if pipe is not None and model == DEFAULT_MODEL:
+        model = type(pipe).__name__
+    pipe = load(model, device) if pipe is None else pipe
+    space = space or LatentSpace.of(pipe)
+    captions = prompts or (_captions(model, seed) if takes_prompts(pipe) else [""])
+    texts = [text for text in captions for _ in range(seeds)]
     with open_pictures(space, protect, images, progress) as pictures:
         plain = torch.empty(0, *space.shape)
         if texts:
@@ -89,10 +99,11 @@ def calibrate(
             raise ValueError("nothing to measure: give a protected set, pictures, or texts for plain images.")
         every = len(pictures.protected) if per_image and pictures is not None else QUERIES
         evidence = measure_evidence(space, pictures, plain, texts, every, most, seed, progress)
-        clean, captions = plain[:most], texts[:most]
+        clean, described = plain[:most], texts[:most]
         result: dict[str, Any] = {"model": model, "dim": space.dim, "space": space.fingerprint}
         if pictures is not None:
-            clean, captions = pictures.latents(most, seed)
+            clean, described = pictures.latents(most, seed)
+            described = described if takes_prompts(pipe) else [""] * len(clean)
             result |= {"rows": len(pictures.protected), "version": pictures.protected.version}
             result["changed_pictures"] = len(evidence.copied)
             result["closest"] = _closest_pairs(pictures.protected, evidence)
@@ -111,7 +122,7 @@ def calibrate(
         out / "calibration.json",
         pipe,
         clean,
-        captions,
+        described,
         steps=steps,
         seed=seed,
         space=space.fingerprint,

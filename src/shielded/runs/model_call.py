@@ -12,6 +12,7 @@ from shielded._extras import RequestError
 from shielded.files import file_sha256
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, call_options, load
+from shielded.models.calls import set_progress
 from shielded.models.loading import quiet
 from shielded.models.lora import add_lora
 from shielded.protected.ingest.pictures import decode_picture
@@ -117,7 +118,7 @@ def _image_to_image(pipe: Any) -> Any:
             made = AutoPipelineForImage2Image.from_pipe(pipe)
     except ValueError:
         raise RequestError(f"{type(pipe).__name__} has no relative that starts from a picture.") from None
-    made.set_progress_bar_config(disable=True)
+    set_progress(made, disable=True)
     return made
 
 

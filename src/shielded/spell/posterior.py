@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shielded._extras import show_progress
 from shielded.files import write_json
+from shielded.models.calls import accepted, conditioning, step_option
 from shielded.samplers import attach
 from shielded.samplers.coefficients import step_state
 
@@ -134,14 +135,12 @@ def measure_calibration(
         clean = latents[first : first + batch_size]
         teacher = _Teacher(clean)
         with attach(pipe, teacher):
-            pipe(
-                prompts[first : first + batch_size],
-                num_inference_steps=steps,
-                guidance_scale=1.0,
-                latents=_first_state(pipe, clean, steps, generator),
-                generator=[torch.Generator().manual_seed(seed + first + i) for i in range(len(clean))],
-                output_type="latent",
-            )
+            options: dict[str, Any] = {"guidance_scale": 1.0, "output_type": "latent"}
+            # Without `latents` the sampler starts from pure noise, which its first state is, but for α of the data.
+            options["latents"] = _first_state(pipe, clean, steps, generator)
+            options["generator"] = [torch.Generator().manual_seed(seed + first + i) for i in range(len(clean))]
+            told = conditioning(pipe, prompts[first : first + batch_size])
+            pipe(**told, **step_option(pipe, steps), **accepted(pipe, options))
         for level, error in teacher.errors:
             sums[level] = sums.get(level, 0.0) + error.sum().item()
             counts[level] = counts.get(level, 0) + len(error)

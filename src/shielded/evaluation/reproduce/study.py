@@ -26,6 +26,7 @@ from shielded.evaluation.extractors import Features, features
 from shielded.evaluation.metrics import caption_score, nearest_distance
 from shielded.files import replacing, sha256
 from shielded.models import DEFAULT_MODEL, guidance_call, load, preset_of
+from shielded.models.calls import conditioning, images_of, step_option
 
 REFERENCE_SEED = 1_000_000  # first seed of plain reference images, far from those of any experiment
 _SEED_STRIDE = 10_000  # image j of seed s is sampled with seed s * 10,000 + j
@@ -171,8 +172,6 @@ class Study:
             options["seed"] = seed
         how = method(setting.method, setting.strength, **options)
         first = seed * _SEED_STRIDE
-        # Class-conditional models take labels; all others take text.
-        given = self.pipe.get_label_ids([prompt])[0] if hasattr(self.pipe, "get_label_ids") else prompt
         images: list[Image.Image] = []
         latents, traces = [], []
         start = time.perf_counter()
@@ -180,9 +179,8 @@ class Study:
             numbers = range(first + begin, first + min(begin + size, self.images))
             generators = [torch.Generator().manual_seed(number) for number in numbers]
             with how.attach(self.pipe):
-                images += self.pipe(
-                    [given] * len(numbers), num_inference_steps=self.steps, generator=generators, **self.call
-                ).images
+                told = {**conditioning(self.pipe, [prompt] * len(numbers)), **step_option(self.pipe, self.steps or 0)}
+                images += images_of(self.pipe, self.pipe(**told, generator=generators, **self.call))
             latents.append(how.finished.float().cpu())
             traces.append(trace_tensors(getattr(how, "trace", []), len(numbers)))
         seconds = time.perf_counter() - start
