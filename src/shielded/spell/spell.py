@@ -284,8 +284,7 @@ class Spell:
             ValueError: the protected set or the calibration was made for another latent space.
             RuntimeError: on leaving, if the pipeline was not called or its scheduler was exchanged.
         """
-        # A set described by its shape alone is compared by shape alone, at the first step.
-        protected = self.protected
+        protected = self.protected  # a set described by its shape alone is compared by shape alone, at the first step
         if protected is not None and not isinstance(protected, Tensor) and protected.space.vae_sha256 is not None:
             protected.space.require_same_encoder(LatentSpace.of(pipe))
         measured_in = None if self.calibration is None else self.calibration.space
@@ -355,6 +354,7 @@ class Spell:
             if unresolved.any():  # the last word on these images, so it belongs in the trace
                 self._record(self._step, 0.0, len(latents), self._unresolved(latents, unresolved), None)
         self.finished = latents.detach()
+        self._static.compare(self.finished)
         if self._call is not None:
             self._call.finished.append(self.finished)
             self._call.unresolved = unresolved

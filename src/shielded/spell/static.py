@@ -12,6 +12,7 @@ from shielded.protected import ProtectedSet
 from shielded.protected.references import SetReferences
 from shielded.spell.history import History
 from shielded.spell.mask import flatten
+from shielded.spell.ranges import compare_ranges
 
 
 class StaticReferences:
@@ -40,6 +41,7 @@ class StaticReferences:
         self._protected, self._history, self._radius, self._nearest = protected, history, radius, nearest
         self._mask, self._margin, self._constant_history = mask, margin, constant_history
         self._cached: tuple[tuple[Any, ...], References | None] | None = None
+        self._compared = protected is None
 
     def at(self, x0: Tensor) -> References | None:
         """Return the references for x0 (B, *S), on its device; None if there are none."""
@@ -49,6 +51,12 @@ class StaticReferences:
         if self._cached is None or self._cached[0] != key:
             self._cached = key, self._joined(x0)
         return self._cached[1]
+
+    def compare(self, latents: Tensor) -> None:
+        """Warn, once, if finished latents (B, *S) have another range of values than the protected references."""
+        if not self._compared and self._protected is not None:
+            self._compared = True
+            compare_ranges(self._protected, latents)
 
     def name(self, row: int) -> str:
         """Return the id of a reference, for the trace."""
