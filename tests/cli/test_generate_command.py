@@ -95,6 +95,14 @@ def test_an_image_depends_on_its_own_prompt_alone(run, tmp_path):
     assert report["min_pair_distance_with"] >= 8 * (1 - 1e-4)
 
 
+def test_a_repeated_prompt_is_made_once_and_said(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("owl\npizza\n\npizza\n")
+    said = run("owl", "--prompts", str(tmp_path / "prompts.txt"), "-n", "1").stderr
+    assert "made once with every seed: 'pizza'." in said
+    assert "made once with every seed: 'owl'." in said
+    assert names(tmp_path / "out" / "with") == ["owl-0.png", "pizza-0.png"]
+
+
 def test_prompts_of_the_same_words_get_different_files(run, tmp_path):
     run("red, heart", "red heart", "-n", "1")
     assert names(tmp_path / "out" / "with") == ["1-red-heart-0.png", "2-red-heart-0.png"]
@@ -109,6 +117,8 @@ def test_file_names_by_a_pattern(run, tmp_path):
     ("arguments", "message"),
     [
         ([], "there is no prompt"),
+        (["owl", " "], "a prompt is empty"),
+        (["owl", "--negative", "cat", "--guidance", "1"], "does nothing at a guidance scale of 1"),
         (["owl", "--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
         (["owl", "--seeds", "1,1"], "names 1 twice"),
         (["owl", "--seeds", "1,x"], "whole numbers such as 1,5,9"),
@@ -402,7 +412,9 @@ def test_every_set_counts_and_is_certified(run, tmp_path, protect, model):
             torch.stack(rows), ["owl", "far"][: len(rows)], radius
         )
     given = ["--on-leak", "report", *(word for path in sets for word in ("--protect", path))]
-    run("owl", "-n", "2", *given, options=("--steps", "2"))
+    said = run("owl", "-n", "2", *given, options=("--steps", "2")).stderr
+    assert said.count("no descriptor") == 1
+    assert f"{sets[0]} and {sets[1]} have no descriptor" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["leaks_without"], report["leaks_with"]) == (2, 0)
     for certificate in report["certificates"]:

@@ -23,7 +23,6 @@ from shielded.cli.options import (
     positive,
     repairs,
     show,
-    smallest_distances,
 )
 
 
@@ -66,6 +65,7 @@ def demo(
 
 def _demo_summary(report: dict[str, Any], out: Path) -> str:
     from shielded.runs.report.rows import number
+    from shielded.runs.report.summary import smallest_distances
 
     without, with_ = ({k: report[f"{k}_{w}"] for k in ("leaks", "vendi")} for w in ("without", "with"))
     before, after = smallest_distances(report)

@@ -22,13 +22,13 @@ from shielded.cli.options import (
     Quiet,
     UsageError,
     check_out,
+    distinct,
     errors,
     positive,
     read_prompts,
     repairs,
     say_tiers,
     show,
-    smallest_distances,
 )
 from shielded.models import DEFAULT_MODEL
 
@@ -202,10 +202,9 @@ def generate(
         if protect:
             from shielded.protected import ProtectedSet
 
-            for path in protect:
-                protected = ProtectedSet.open(path)
-                if not quiet:
-                    say_tiers(protected)
+            sets = [ProtectedSet.open(path) for path in protect]
+            if not quiet:
+                say_tiers(sets)
         from shielded.runs.job import run
         from shielded.runs.model_call import ModelCall
 
@@ -250,7 +249,9 @@ def generate(
 
 def _prompts(given: list[str], file: Path | None, model: str) -> list[str]:
     """List the prompts of the command line and of a file, each once; one that is empty if the model takes none."""
-    found = list(dict.fromkeys(given + (read_prompts(file) if file is not None else [])))
+    if not all(prompt.strip() for prompt in given):
+        raise UsageError("a prompt is empty; say what the images shall show, or leave it out.")
+    found = distinct(given + (read_prompts(file) if file is not None else []))
     if not found and model != DEFAULT_MODEL:
         from shielded.models import needs_prompt
 
@@ -354,6 +355,7 @@ def _summary(report: dict[str, Any], out: Path) -> str:
 def _distances(report: dict[str, Any]) -> list[str]:
     """Say how far images are from protected ones."""
     from shielded.runs.report.rows import number
+    from shielded.runs.report.summary import smallest_distances
 
     inside, made = report["leaks_with"], report["n"] - len(report["refused"])
     before = "" if report["leaks_without"] is None else f"; without SPELL {report['leaks_without']} of {report['n']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -197,7 +198,7 @@ def show(result: dict[str, Any], as_json: bool, summary: str, quiet: bool = Fals
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a text file with one prompt a line; empty lines and repetitions are left out.
+    """Read a text file with one prompt a line; empty lines are left out, and repetitions, which it says.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -207,29 +208,31 @@ def read_prompts(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (UnicodeDecodeError, IsADirectoryError):
         raise UsageError(f"{path} is no text file with one prompt a line.") from None
-    prompts = list(dict.fromkeys(line for line in lines if line))
+    prompts = distinct([line for line in lines if line])
     if not prompts:
         raise UsageError(f"{path} has no prompts; write one a line.")
     return prompts
 
 
-def say_tiers(protected: ProtectedSet) -> None:
-    """Say on stderr that copies are not looked for in a set without a descriptor."""
-    if protected.descriptor is None:
+def distinct(prompts: Sequence[str]) -> list[str]:
+    """Leave out repeated prompts, and say on stderr which."""
+    repeated = [prompt for prompt, times in Counter(prompts).items() if times > 1]
+    if repeated:
+        more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
+        typer.echo(f"Given more than once, and made once with every seed: {repeated[0]!r}{more}.", err=True)
+    return list(dict.fromkeys(prompts))
+
+
+def say_tiers(sets: Sequence[ProtectedSet]) -> None:
+    """Say on stderr that copies are not looked for in sets without a descriptor."""
+    bare = [str(protected.path) for protected in sets if protected.descriptor is None]
+    if bare:
+        verb, whose = ("has", "its") if len(bare) == 1 else ("have", "their")
         typer.echo(
-            f"{protected.path} has no descriptor: its images are kept apart by distance alone, and changed copies are "
-            "not looked for (protect --descriptor shielded makes a set that finds them).",
+            f"{' and '.join(bare)} {verb} no descriptor: {whose} images are kept apart by distance alone, and changed "
+            "copies are not looked for (protect --descriptor shielded makes a set that finds them).",
             err=True,
         )
-
-
-def smallest_distances(report: dict[str, Any]) -> list[float | None]:
-    """Return the smallest distance from a protected image without and with SPELL, of latents or decoded pictures."""
-    found = []
-    for side in ("without", "with"):
-        distances = [report.get(f"{key}_{side}") for key in ("min_distance", "min_decoded_distance")]
-        found.append(min((distance for distance in distances if distance is not None), default=None))
-    return found
 
 
 def repairs(report: dict[str, Any]) -> list[str]:

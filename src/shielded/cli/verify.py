@@ -52,7 +52,7 @@ def verify(
         if not loaded:
             raise ValueError("none of the images could be read.")
         protected = ProtectedSet.open(protect)
-        say_tiers(protected)
+        say_tiers([protected])
         space = protected.space
         if space.pixel_range is None:  # pixels need no model
             space = LatentSpace.of(load(model, device), *(space.image_size or ()))

@@ -28,6 +28,7 @@ class Generated:
             hand it out.
         measured: per image, where its latents and where its encoded picture lie; empty: not measured.
         copied: per image, the protected picture that it is a copy of, or None.
+        causes: per image, what was wrong with it when it was first sampled, or None.
     """
 
     images: list[Image.Image]
@@ -39,6 +40,7 @@ class Generated:
     refused: list[str | None] = field(default_factory=list)
     measured: list[tuple[Measured, Measured]] = field(default_factory=list)
     copied: list[Copied | None] = field(default_factory=list)
+    causes: list[str | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -46,6 +48,7 @@ class Generated:
         self.repair = self.repair or [None] * count
         self.refused = self.refused or [None] * count
         self.copied = self.copied or [None] * count
+        self.causes = self.causes or [None] * count
 
     @property
     def kept(self) -> list[int]:
@@ -66,6 +69,7 @@ class Generated:
             [reason for part in parts for reason in part.refused],
             [found for part in parts for found in part.measured],
             [copy for part in parts for copy in part.copied],
+            [cause for part in parts for cause in part.causes],
         )
 
     def first(self, n: int) -> Generated:
@@ -80,4 +84,5 @@ class Generated:
             self.refused[:n],
             self.measured[:n],
             self.copied[:n],
+            self.causes[:n],
         )

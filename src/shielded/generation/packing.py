@@ -26,6 +26,7 @@ def pack(made: Generated, **more: Any) -> bytes:
         "repair": made.repair,
         "refused": made.refused,
         "measured": [[asdict(latents), asdict(picture)] for latents, picture in made.measured],
+        "causes": made.causes,
         "copied": [None if copy is None else asdict(copy) for copy in made.copied],
         "more": more,
     }
@@ -50,6 +51,7 @@ def unpack(data: bytes) -> tuple[Generated, dict[str, Any]]:
         message["refused"],
         [(_measured(latents), _measured(picture)) for latents, picture in message["measured"]],
         [None if copy is None else Copied(**copy) for copy in message["copied"]],
+        message["causes"],
     )
     return made, message["more"]
 

@@ -130,6 +130,8 @@ def repair(
     """
     made = Generated(images, latents, decoded=space.encode(images))
     failed = _failed(spell, made, range(len(images)), "sampled", log)
+    for i, found in failed.items():
+        made.causes[i] = _evidence(found, made.copied[i], past=True)
     for attempt in range(2, attempts + 1 if on_leak == "restart" else 0):
         if not failed:
             break
@@ -270,13 +272,16 @@ def _replace(
 
 
 def _reason(found: tuple[Measured, Measured], made: Generated, row: int) -> str:
-    latents, picture = found
-    copy = made.copied[row]
-    if copy is not None and not latents.leak and not picture.leak:
-        times = "once" if made.attempts[row] == 1 else f"{made.attempts[row]} times"
-        return f"sampled {times}, it is a copy of {copy.id}: its similarity is {copy.similarity:.3f}"
-    what, measured = ("latents", latents) if latents.leak else ("picture", picture)
-    name, distance, radius = measured.evidence
     times = "once" if made.attempts[row] == 1 else f"{made.attempts[row]} times"
     pushed = " and pushed" if made.repair[row] == "push" else ""
-    return f"sampled {times}{pushed}, its {what} is {distance:.2f} from {name}, inside the radius {radius:g}"
+    return f"sampled {times}{pushed}, {_evidence(found, made.copied[row])}"
+
+
+def _evidence(found: tuple[Measured, Measured], copy: Copied | None, past: bool = False) -> str:
+    latents, picture = found
+    is_, are = ("was", "were") if past else ("is", "are")
+    if copy is not None and not latents.leak and not picture.leak:
+        return f"it {is_} a copy of {copy.id}: its similarity {is_} {copy.similarity:.3f}"
+    what, measured = (f"latents {are}", latents) if latents.leak else (f"picture {is_}", picture)
+    name, distance, radius = measured.evidence
+    return f"its {what} {distance:.2f} from {name}, inside the radius {radius:g}"

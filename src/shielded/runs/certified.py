@@ -12,9 +12,10 @@ from shielded.certificates.certificate import Certificate, Measured, certify_mea
 from shielded.evaluation.encoder import Encoder
 from shielded.evaluation.metrics import vendi
 from shielded.generation import Generated
+from shielded.generation.copies import find_copies
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet, parts_of
-from shielded.runs.report.rows import Row
+from shielded.runs.report.rows import Row, copied_view
 from shielded.runs.results import Side
 from shielded.spell import Spell
 
@@ -46,6 +47,7 @@ def certified_rows(
     certified_before: dict[int, Certificate] = {}
     certified_after: dict[int, Certificate] = {}
     pictures: dict[int, Image.Image] = {}
+    copied: dict[int, int] = {}
     if isinstance(spell.protected, ProtectedSet):
         everything = list(range(len(after.images)))
         details = [
@@ -65,7 +67,9 @@ def certified_rows(
             certified_before = _certified(before, everything, names, found_before, spell)
         certified_after = _certified(after, after.kept, names, found_after, spell, details)
         if show_protected:
-            vectors = spell.protected.vectors([found_after[i][0].row for i in everything])
+            copied = _copied(before, certified_before, spell.protected)
+            copied |= _copied(after, certified_after, spell.protected)
+            vectors = spell.protected.vectors([copied.get(i, found_after[i][0].row) for i in everything])
             pictures = dict(enumerate(space.decode(vectors)))
     return [
         Row(
@@ -79,6 +83,9 @@ def certified_rows(
             after.attempts[i],
             after.repair[i],
             reason,
+            i in copied,
+            after.causes[i],
+            names[i],
         )
         for i, reason in enumerate(after.refused)
     ]
@@ -108,6 +115,15 @@ def _side(made: Generated, rows: Iterable[int], encoder: Encoder | None, prompts
         scores = [vendi(encoder.image_features([made.images[i] for i in group])) for group in groups.values()]
         score = sum(scores) / len(scores)
     return Side(made.latents, made.seconds, score, prompts[: len(made.images)])
+
+
+def _copied(made: Generated | None, certified: dict[int, Certificate], protected: ProtectedSet) -> dict[int, int]:
+    """Batch row -> row of the protected picture that its image is a copy of."""
+    if made is None:
+        return {}
+    rows = [i for i, certificate in certified.items() if copied_view(certificate) is not None]
+    found = dict(zip(rows, find_copies([made.images[i] for i in rows], protected), strict=True))
+    return {i: copy.row for i, copy in {**dict(enumerate(made.copied)), **found}.items() if copy is not None}
 
 
 def _measured(

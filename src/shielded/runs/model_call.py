@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from shielded.files import file_sha256
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL, call_options, load
 from shielded.models.calls import set_progress
+from shielded.models.guidance import guidance_option
 from shielded.models.loading import quiet
 from shielded.models.lora import add_lora
 from shielded.protected.ingest.pictures import decode_picture
@@ -60,6 +62,7 @@ class ModelCall:
             add_lora(pipe, path, scale)
         options = call_options(pipe, self.model, self.steps, self.guidance)
         if self.negative is not None:
+            _require_guidance(pipe, options)
             options["negative_prompt"] = self.negative
         width, height = self.size or (None, None)
         inputs: dict[str, Any] = {}
@@ -99,6 +102,17 @@ class OpenModel:
     options: dict[str, Any]
     inputs: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
+
+
+def _require_guidance(pipe: Any, options: dict[str, Any]) -> None:
+    """Refuse a negative prompt where nothing reads it."""
+    name = guidance_option(pipe)
+    parameter = inspect.signature(pipe.__call__).parameters.get(name)
+    scale = options.get(name, None if parameter is None else parameter.default)
+    if isinstance(scale, int | float) and scale <= 1:
+        raise RequestError(
+            f"a negative prompt does nothing at a guidance scale of {scale:g}; leave it out, or guide by more than 1."
+        )
 
 
 def _picture(path: Path) -> Image.Image:

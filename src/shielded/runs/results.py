@@ -105,6 +105,16 @@ class PairReport:
         return None if self.protected is None else leaks(self.certificates)
 
     @property
+    def copies_without(self) -> int | None:
+        """Number of images of the model alone that are copies; None: they are not there, or no set can tell."""
+        return _copies(self.certificates_without)
+
+    @property
+    def copies_with(self) -> int | None:
+        """Number of images with SPELL, refused ones excluded, that are copies; None: no set can tell."""
+        return _copies(self.certificates)
+
+    @property
     def refused(self) -> list[Row]:
         """Rows whose image with SPELL was refused."""
         return [row for row in self.rows if row.refused is not None]
@@ -132,6 +142,8 @@ class PairReport:
             "radius": self.radius,
             "leaks_without": self.leaks_without,
             "leaks_with": self.leaks_with,
+            "copies_without": self.copies_without,
+            "copies_with": self.copies_with,
             "min_distance_without": _least(c.nearest_distance for c in before),
             "min_distance_with": _least(c.nearest_distance for c in after),
             "min_decoded_distance_without": _least(c.decoded_distance for c in before),
@@ -156,6 +168,11 @@ class PairReport:
 
 def _least(distances: Iterable[float | None]) -> float | None:
     return min((distance for distance in distances if distance is not None), default=None)
+
+
+def _copies(certificates: Sequence[Certificate]) -> int | None:
+    verdicts = [[view.copy for view in certificate.views if view.copy is not None] for certificate in certificates]
+    return sum(map(any, verdicts)) if any(verdicts) else None
 
 
 def _count(rows: Sequence[Row], repair: str) -> int:

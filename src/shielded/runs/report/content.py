@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from markupsafe import Markup
-from PIL import Image
 
-from shielded.runs.report.plots import distance_plot, known, trace_plot
-from shielded.runs.report.rows import Diversity, Figure, Row, by_prompt, number
+from shielded.runs.report.embedding import Level, choose_level, embedded
+from shielded.runs.report.plots import MAX_LINES, distance_plot, known, trace_plot
+from shielded.runs.report.reasons import badge, by_image, reasons
+from shielded.runs.report.rows import Diversity, Figure, Row, number
 from shielded.runs.report.script import script_of
 from shielded.runs.report.summary import counted
 
-_MAX_EMBEDDED_PIXELS = 512  # longer side: larger pictures are scaled down, so that the page stays a few megabytes
-_MAX_LOSSLESS_PIXELS = 128  # longer side
+_CELLS = ((16, 240), (64, 184), (10**9, 128))  # up to so many cards: width of a picture in pixels, where there is room
+_GAP = 12  # pixels between the pictures of a card
+_MAX_CARD = 540  # pixels: two cards fit side by side
+_FOLDERS = {"without SPELL": "without", "with SPELL": "with"}  # of the image files, beside the page
 _NUMERIC = ["Distance", "Encoded again", "Radius", "Distance / radius", "Attempts"]
 _COLUMNS = ["Image", "Result", *_NUMERIC, "Repair", "Nearest protected", "SHA-256"]
 
@@ -45,10 +47,12 @@ def sections_of(
     made_with: Mapping[str, object],
 ) -> list[Section]:
     """List the sections that have content; the arguments are those of `write_report`."""
+    images = [figure.image for row in rows for figure in row.pictures if figure.image is not None]
+    level = choose_level([*images, *(() if diversity is None else (*diversity.without, *diversity.with_))])
     sections = [
-        Section("pictures", "Pictures", _pictures(report, rows)),
+        Section("pictures", "Pictures", _pictures(report, rows, trace, level)),
         Section("distances", "Distances", _distances(report, rows)),
-        Section("diversity", "Diversity", _diversity(diversity)),
+        Section("diversity", "Diversity", _diversity(diversity, level)),
         Section("sampling", "While sampling", _sampling(trace)),
         Section("guarantee", "What is guaranteed", _guaranteed(report)),
         Section("refused", "Refused", _refused(report.get("refused") or ())),
@@ -62,34 +66,38 @@ def sections_of(
 # Sections. Each returns an empty value when it has nothing to show.
 
 
-def _pictures(report: Mapping, rows: Sequence[Row]) -> dict[str, object]:
+def _pictures(report: Mapping, rows: Sequence[Row], trace: Sequence[Mapping], level: Level) -> dict[str, object]:
     if not rows:
         return {}
     radius = report.get("radius")
-    text = "Same prompt, same seed: the upper picture is the model's own, the lower one is made with SPELL."
+    text = "Same prompt, same seed: first the model's own picture, then the one made with SPELL."
     if rows[0].without is None:
         text = "Pictures made with SPELL."
     if any(known(row.distance_without) or known(row.distance_with) for row in rows):
         text += " The number is the distance to the nearest protected image"
         text += "." if radius is None else f"; below {number(radius)} it lies inside a shield."
-    galleries = [
-        _gallery(prompt, [(row.seed, row.pictures) for row in group], group[0].without or group[0].with_)
-        for prompt, group in by_prompt(rows).items()
-    ]
+    steps = by_image(trace)
+    cards: dict[str, list[dict[str, object]]] = {}
+    for i, row in enumerate(rows):
+        card = _card(row.prompt, row.seed, row.pictures, level, row.file)
+        card |= {"badge": badge(row, steps.get(i, ())), "reasons": reasons(row, steps.get(i, ()))}
+        cards.setdefault(row.prompt, []).append(card)
+    galleries = [_gallery(prompt, group, len(rows)) for prompt, group in cards.items()]
     return {"text": text, "galleries": galleries}
 
 
 def _distances(report: Mapping, rows: Sequence[Row]) -> dict[str, object]:
     plot = distance_plot(rows, report.get("radius"))
-    return {"plot": Markup(plot), "shaded": report.get("radius") is not None} if plot else {}
+    many = len(rows) > MAX_LINES
+    return {"plot": Markup(plot), "shaded": report.get("radius") is not None, "counted": many} if plot else {}
 
 
-def _diversity(diversity: Diversity | None) -> dict[str, object]:
+def _diversity(diversity: Diversity | None, level: Level) -> dict[str, object]:
     if diversity is None:
         return {}
     d = diversity
-    figures = [
-        (seed, [Figure("without SPELL", before), Figure("with SPELL", after)])
+    cards = [
+        _card(d.prompt, seed, [Figure("without SPELL", before), Figure("with SPELL", after)], level)
         for seed, before, after in zip(d.seeds, d.without, d.with_, strict=True)
     ]
     return {
@@ -98,7 +106,7 @@ def _diversity(diversity: Diversity | None) -> dict[str, object]:
         "vendi_without": number(d.vendi_without),
         "vendi_with": number(d.vendi_with),
         "images": len(d.seeds),
-        "gallery": _gallery(d.prompt, figures, d.without[0]),
+        "gallery": _gallery(d.prompt, cards, len(cards)),
     }
 
 
@@ -170,27 +178,27 @@ def _certificate(c: Mapping) -> dict[str, object]:
 # Pieces.
 
 
-def _gallery(
-    prompt: str, figures: Sequence[tuple[int, Sequence[Figure]]], example: Image.Image | None
+def _gallery(prompt: str, cards: list[dict[str, object]], total: int) -> dict[str, object]:
+    """Lay out the cards of a prompt, with pictures as large as the number of all cards allows."""
+    across = max(len(card["figures"]) for card in cards)  # pyright: ignore[reportArgumentType]
+    cell = next(cell for most, cell in _CELLS if total <= most)
+    return {"prompt": prompt, "width": min(_MAX_CARD, across * (cell + _GAP) - _GAP), "cards": cards}
+
+
+def _card(
+    prompt: str, seed: int, figures: Sequence[Figure], level: Level, file: str | None = None
 ) -> dict[str, object]:
-    cards = [{"seed": seed, "figures": [_figure(f, prompt, seed) for f in group]} for seed, group in figures]
-    # At most four or large pictures get more room; eight small ones fit next to each other on a wide screen.
-    large = example is not None and max(example.size) > 128
-    return {"prompt": prompt, "cell": 208 if len(cards) <= 4 or large else 120, "cards": cards}
+    shown = [_figure(figure, prompt, seed, level, file) for figure in figures]
+    return {"seed": seed, "name": f"{prompt}, seed {seed}", "figures": shown, "badge": "", "reasons": []}
 
 
-def _figure(figure: Figure, prompt: str, seed: int) -> dict[str, object]:
-    image = None if figure.image is None else _embedded(figure.image, f"{prompt}, seed {seed}, {figure.label}")
+def _figure(figure: Figure, prompt: str, seed: int, level: Level, file: str | None) -> dict[str, object]:
+    image = None
+    if figure.image is not None:
+        image = {"alt": f"{prompt}, seed {seed}, {figure.label}", **embedded(figure.image, level)}
+        folder = _FOLDERS.get(figure.label)
+        image["file"] = f"{folder}/{quote(file)}" if file and folder and image["reduced"] else None
     return {"image": image, "label": figure.label, "caption": figure.caption, "inside": figure.inside}
-
-
-def _embedded(image: Image.Image, alt: str) -> dict[str, object]:
-    image = image.convert("RGBA" if image.mode in ("RGBA", "LA", "P", "PA") else "RGB")
-    image.thumbnail((_MAX_EMBEDDED_PIXELS, _MAX_EMBEDDED_PIXELS), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=max(image.size) <= _MAX_LOSSLESS_PIXELS, quality=90)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"alt": alt, "width": image.width, "height": image.height, "source": f"data:image/webp;base64,{data}"}
 
 
 def _text(value: object) -> str:

@@ -38,7 +38,7 @@ def protection_grid(rows: Sequence[Row], radius: float | None = None) -> Image.I
     note = "" if radius is None else f"radius {number(radius)}"
     blocks = []
     for prompt, group in by_prompt(rows).items():
-        labels = [figure.label for figure in group[0].pictures if figure.label != "nearest protected"]
+        labels = [figure.label for figure in group[0].pictures if figure.label != group[0].beside]
         lines = [
             _Line(label, figures)
             for label, figures in zip(labels, zip(*(row.pictures for row in group), strict=False), strict=False)

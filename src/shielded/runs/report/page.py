@@ -1,4 +1,7 @@
-"""One self-contained HTML file that reports a run; it needs neither the network nor JavaScript."""
+"""One self-contained HTML file that reports a run; it needs neither the network nor JavaScript.
+
+Where the pictures inside it are reduced, the viewer shows the image files beside the page, if they are there.
+"""
 
 from __future__ import annotations
 

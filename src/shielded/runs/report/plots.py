@@ -6,7 +6,6 @@ Positions across are percentages and text has its natural size, so a plot fits a
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeGuard
 
@@ -14,10 +13,16 @@ from markupsafe import escape
 
 from shielded.certificates.certificate import Certificate
 from shielded.runs.report.rows import Row, by_prompt, number
+from shielded.runs.report.summary import shorten
+
+MAX_LINES = 64  # images that get a line each; more are counted
+_BINS = 48
 
 
 def distance_plot(rows: Sequence[Row], radius: float | None) -> str:
     """Draw one line per image: its distance to the nearest protected image, without (hollow) and with SPELL (filled).
+
+    Of more than 64 images, bars show how many lie at which distance.
 
     Args:
         rows: rows without any distance are left out.
@@ -31,31 +36,22 @@ def distance_plot(rows: Sequence[Row], radius: float | None) -> str:
         return ""
     distances = [d for row in rows for d in (row.distance_without, row.distance_with, radius) if known(d)]
     top = _round_up(max(distances))
+    if len(rows) > MAX_LINES:
+        return _counts_plot(rows, radius, top)
 
     def x(distance: float) -> float:
         return 100 * distance / top
 
     marks, y = [], 26
     for prompt, group in by_prompt(rows).items():
-        marks.append(f'<text class="strong" x="0" dx="8" y="{y + 20}">{escape(_shorten(prompt, 38))}</text>')
+        marks.append(f'<text class="strong" x="0" dx="8" y="{y + 20}">{escape(shorten(prompt, 38))}</text>')
         y += 32
         for row in group:
             if known(radius):  # a tick per image: a line all the way down would run through the numbers
                 marks.append(_radius_tick(x(radius), y + 18))
             marks.append(_dumbbell(row, x, y))
             y += 42
-    zone = ""
-    if known(radius):
-        edge = x(radius)
-        side = 'text-anchor="end" dx="-6"' if edge > 60 else 'dx="6"'
-        zone = (
-            f'<rect class="zone" x="0" y="20" width="{edge:.2f}%" height="{y - 20}"/>\n{_radius_tick(edge, 4)}\n'
-            f'<text class="strong" x="{edge:.2f}%" y="14" {side}>radius {number(radius)}</text>\n'
-        )
-    ticks = [(0, "start"), (top / 2, "middle"), (top, "end")]
-    axis = f'<line class="rule" x1="0" x2="100%" y1="{y}" y2="{y}"/>\n' + "\n".join(
-        f'<text x="{x(value):.2f}%" y="{y + 18}" text-anchor="{anchor}">{value:g}</text>' for value, anchor in ticks
-    )
+    zone, axis = _zone(radius, x, y), _axis(x, y, top)
     label = f"Distance of {len(rows)} images to their nearest protected image, without and with SPELL"
     return f'<svg role="img" aria-label="{label}" height="{y + 26}">\n{zone}{axis}\n' + "\n".join(marks) + "\n</svg>"
 
@@ -105,15 +101,52 @@ def _round_up(value: float) -> float:
     return next(step * power for step in (1, 2, 2.5, 4, 5, 8, 10) if step * power >= value)
 
 
-def _shorten(text: str, columns: int) -> str:
-    """Cut text to a number of columns, East Asian wide characters counting two; a cut ends in an ellipsis."""
-    text = " ".join(text.split())
-    used = 0
-    for i, character in enumerate(text):
-        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if used > columns:
-            return text[:i].rstrip() + "…"
-    return text
+def _counts_plot(rows: Sequence[Row], radius: float | None, top: float) -> str:
+    """Draw two histograms on one axis, of the distances without and with SPELL."""
+
+    def x(distance: float) -> float:
+        return 100 * distance / top
+
+    marks, y = [], 26
+    for label, style, distances in (
+        ("without SPELL", "bar-before", [row.distance_without for row in rows]),
+        ("with SPELL", "bar-after", [row.distance_with for row in rows]),
+    ):
+        measured = [distance for distance in distances if known(distance)]
+        if not measured:
+            continue
+        counts = [0] * _BINS
+        for distance in measured:
+            counts[min(_BINS - 1, int(_BINS * distance / top))] += 1
+        marks.append(f'<text class="strong" x="100%" y="{y + 14}" text-anchor="end">{len(measured)} {label}</text>')
+        for i, count in enumerate(counts):
+            if count:
+                height = 100 * count / max(counts)
+                box = f'x="{100 * i / _BINS:.2f}%" y="{y + 124 - height:.1f}" width="{90 / _BINS:.2f}%"'
+                marks.append(f'<rect class="{style}" {box} height="{height:.1f}"><title>{count}</title></rect>')
+        y += 128
+    zone, axis = _zone(radius, x, y), _axis(x, y, top)
+    label = f"Number of images at each distance from their nearest protected image, of {len(rows)}"
+    return f'<svg role="img" aria-label="{label}" height="{y + 26}">\n{zone}{axis}\n' + "\n".join(marks) + "\n</svg>"
+
+
+def _zone(radius: float | None, x: Callable[[float], float], y: float) -> str:
+    """Shade what is inside the radius, down to y, with the radius above it."""
+    if not known(radius):
+        return ""
+    edge = x(radius)
+    side = 'text-anchor="end" dx="-6"' if edge > 60 else 'dx="6"'
+    return (
+        f'<rect class="zone" x="0" y="20" width="{edge:.2f}%" height="{y - 20}"/>\n{_radius_tick(edge, 4)}\n'
+        f'<text class="strong" x="{edge:.2f}%" y="14" {side}>radius {number(radius)}</text>\n'
+    )
+
+
+def _axis(x: Callable[[float], float], y: float, top: float) -> str:
+    ticks = [(0, "start"), (top / 2, "middle"), (top, "end")]
+    return f'<line class="rule" x1="0" x2="100%" y1="{y}" y2="{y}"/>\n' + "\n".join(
+        f'<text x="{x(value):.2f}%" y="{y + 18}" text-anchor="{anchor}">{value:g}</text>' for value, anchor in ticks
+    )
 
 
 def _radius_tick(x: float, y: float) -> str:

@@ -18,7 +18,7 @@ class Figure:
         label: how it was made.
         image: None if it was refused.
         caption: what its certificate says of it, in a few words.
-        inside: whether its certificate says that it lies inside a shield.
+        inside: whether its certificate says that it lies inside a shield, or that it is a copy.
     """
 
     label: str
@@ -38,10 +38,13 @@ class Row:
         with_: image of the same seed with SPELL; None if it was refused.
         certificate_without: measurement of `without` against the protected set; None without a set.
         certificate_with: measurement of `with_`; None without a set, or if the image was refused.
-        protected: the protected image that the certificate names; None when it is not to be shown.
+        protected: the protected picture to show beside them; None when it is not to be shown.
         attempts: how often the image with SPELL was sampled.
         repair: "restart" or "push" where that brought the image out of a shield.
         refused: why the image with SPELL was refused, or None.
+        copied: whether `protected` is the picture that one of the two is a copy of; else it is the nearest one.
+        cause: what was wrong with the image when it was first sampled, or None.
+        file: name of both image files; None: they are not written.
     """
 
     prompt: str
@@ -54,6 +57,9 @@ class Row:
     attempts: int = 1
     repair: str | None = None
     refused: str | None = None
+    copied: bool = False
+    cause: str | None = None
+    file: str | None = None
 
     @property
     def distance_without(self) -> float | None:
@@ -75,7 +81,20 @@ class Row:
             Figure("with SPELL", self.with_, refused or caption(after), _leaked(after)),
         ]
         pictures = pictures[self.without is None :]
-        return pictures if self.protected is None else [*pictures, Figure("nearest protected", self.protected)]
+        return pictures if self.protected is None else [*pictures, Figure(self.beside, self.protected, self._beside_id)]
+
+    @property
+    def beside(self) -> str:
+        """What `protected` is to the pictures."""
+        return "protected, copied" if self.copied else "nearest protected"
+
+    @property
+    def _beside_id(self) -> str:
+        views = [copied_view(c) for c in (self.certificate_with, self.certificate_without)] if self.copied else []
+        found = [view.copy_id for view in views if view is not None and view.copy_id is not None]
+        if self.copied or self.certificate_with is None:
+            return next(iter(found), "")
+        return self.certificate_with.nearest_id
 
 
 @dataclass(frozen=True)
@@ -129,14 +148,24 @@ def number(value: float | None) -> str:
 
 
 def caption(certificate: Certificate | None) -> str:
-    """Write the smaller distance and the verdict of a certificate: "9.53 · inside"; "" without a certificate."""
+    """Write the smaller distance and the verdict of a certificate: "9.53 · inside"; "" without a certificate.
+
+    A picture that the set's descriptor calls a copy gets its similarity, too: "12.40 · outside · copy, 0.93".
+    """
     if certificate is None:
         return ""
     verdict = "outside"
     if certificate.inside:  # a certificate of latents inside a shield names that shield and its radius
         verdict = "inside" if certificate.nearest_distance < certificate.radius else "inside once decoded"
-    return f"{number(certificate.distance)} · {verdict}"
+    copy = copied_view(certificate)
+    similar = "" if copy is None or copy.copy_similarity is None else f" · copy, {copy.copy_similarity:.2f}"
+    return f"{number(certificate.distance)} · {verdict}{similar}"
+
+
+def copied_view(certificate: Certificate | None) -> Certificate | None:
+    """Return the certificate as it is for the set that has the picture which this one is a copy of; None: no copy."""
+    return None if certificate is None else next((view for view in certificate.views if view.copy), None)
 
 
 def _leaked(certificate: Certificate | None) -> bool:
-    return certificate is not None and certificate.inside
+    return certificate is not None and (certificate.inside or copied_view(certificate) is not None)
