@@ -111,7 +111,7 @@ def test_pictures_are_compared_with_keys(browser, report):
     assert page.evaluate("document.querySelector('#viewer').getBoundingClientRect().width") <= 390
     page.keyboard.press("Escape")
     assert not viewer.is_visible()
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Compare refused, seed 0"
+    page.wait_for_function("document.activeElement.getAttribute('aria-label') === 'Compare refused, seed 0'")
     page.close()
 
 
