@@ -134,6 +134,9 @@ def test_file_names_by_a_pattern(run, tmp_path):
         (["owl", "--size", "0x16"], "such as 768x512"),
         (["owl", "--size", "17x16"], "multiple of 2 pixels; got 16x17"),
         (["owl", "--scheduler", "dimm"], "did you mean DDIMScheduler"),
+        (["owl", "--scheduler", "euler:even"], "leading, linspace or trailing, not 'even'"),
+        (["owl", "--scheduler", "heun:trailing", "--lora", "nowhere"], "no LoRA at nowhere"),
+        (["owl", "--scheduler", "ipndm:trailing"], "leave out :trailing"),
         (["owl", "--scheduler", "RePaint"], "RePaintScheduler is not supported"),
         (["owl", "--scheduler", "flowmatcheuler"], "does not fit this model, which has PNDMScheduler"),
         (["owl", "--lora", "nowhere.safetensors"], "no LoRA at nowhere.safetensors"),
@@ -494,6 +497,23 @@ def test_a_folder_that_vanishes_is_one_sentence(run, tmp_path, monkeypatch, batc
 
 
 # What a newcomer stumbled over ---------------------------------------------------------------------------------------
+
+
+def test_one_image_at_a_time_keeps_away_from_all_before(run, tmp_path):
+    reports, outputs = [], []
+    for seed in range(3):
+        given = ("owl", "-n", "1", "--seed", seed, "--history", tmp_path / "seen", "--radius", "80")
+        outputs.append(run(*given, out=str(seed), options=("--steps", "3")).output)
+        reports.append(json.loads((tmp_path / str(seed) / "report.json").read_text())["history"])
+    seen = ProtectedSet.open(tmp_path / "seen")
+    assert torch.pdist(seen.vectors([0, 1, 2]).double().flatten(1)).min() >= 80 * (1 - 1e-4)
+    assert [report["before"] for report in reports] == [0, 1, 2]
+    assert reports[2]["min_distance_without"] < 80 * (1 - 1e-4) <= reports[2]["min_distance_with"]
+    assert "remembers 1 image now" in outputs[0]
+    assert re.search(r"Nearest of 2 earlier images in .*seen: \d\S* away instead of \S+\.", outputs[2])
+    assert settings(tmp_path / "2")["history"] == 2
+    output = run("owl", "--history", tmp_path / "0", out="more", code=2).output
+    assert "holds something else; give a history a folder of its own" in " ".join(output.split())
 
 
 def test_images_of_different_batches_are_not_called_far_apart(run, tmp_path):

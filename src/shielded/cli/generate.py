@@ -68,6 +68,10 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--no-compare", metavar="", help="Leave out the run without SPELL.", show_default=False)
     ] = False,
+    history: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep away from images of earlier runs too, remembered in this folder."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Go on with a run that was stopped.")] = False,
     overwrite: Overwrite = False,
     seed: Annotated[
@@ -82,7 +86,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Scheduler of diffusers, such as ddim; default: the model's.",
+            help="Scheduler of diffusers, such as ddim or euler:trailing; default: the model's.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
@@ -233,6 +237,7 @@ def generate(
                 margin=margin,
                 batch_size=batch,
                 compare=not compare,
+                history=history,
                 resume=resume and _stopped(out),
                 names=name,
                 warn=lambda message: typer.echo(message, err=True),
@@ -345,6 +350,7 @@ def _summary(report: dict[str, Any], out: Path) -> str:
     beside = f"; the same seeds without SPELL are in {out / 'without'}" if report["compared"] else ""
     lines = [f"{counted(made, 'image')} in {out / 'with'}{beside}."]
     lines += _distances(report) if report["leaks_with"] is not None else _variety(report)
+    lines += _earlier(report)
     before, after = report["vendi_without"], report["vendi_with"]
     if after is not None and report.get("min_pair_distance_with") is not None:
         instead = "" if before is None else f", {number(before)} without SPELL"
@@ -370,12 +376,30 @@ def _distances(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _earlier(report: dict[str, Any]) -> list[str]:
+    """Say how far images are from those of earlier runs."""
+    from shielded.runs.report.rows import number
+    from shielded.runs.report.summary import counted
+
+    found = report.get("history")
+    if found is None:
+        return []
+    earlier, after = counted(found["before"], "earlier image"), found["min_distance_with"]
+    if after is None:
+        return [f"{found['folder']} remembers {counted(found['after'], 'image')} now."]
+    before = found["min_distance_without"]
+    instead = "" if before is None else f" instead of {number(before)}"
+    return [f"Nearest of {earlier} in {found['folder']}: {number(after)} away{instead}."]
+
+
 def _variety(report: dict[str, Any]) -> list[str]:
     """Say how far images of a prompt are from each other."""
     from shielded.runs.report.rows import number
 
     before, after = (report.get(f"min_pair_distance_{side}") for side in ("without", "with"))
     radius = number(report["radius"])
+    if after is None and "history" in report:
+        return []
     if after is None:
         return ["One image has no other to keep apart from, so SPELL changed nothing; -n makes several."]
     if not report["corrected"] and after < report["radius"]:

@@ -26,6 +26,7 @@ from shielded.protected import ProtectedSet
 from shielded.samplers import attach
 from shielded.samplers.diffusers import Correction
 from shielded.spell import Spell
+from shielded.spell.history import StoredHistory
 
 _PER_ROW = ("negative_prompt", "image")  # options that are given for all images, and that pipelines take for each
 
@@ -112,7 +113,7 @@ def generate(
 
     Raises:
         ValueError: not one seed per prompt, on_leak without a ProtectedSet, or with a radius that cannot be kept;
-            couple with several processes or with given pictures or latents.
+            couple with several processes or with given pictures or latents; a history in a folder with several.
         RequestError: the pipeline does not take an option, a prompt or a class.
         TypeError: couple, and the pipeline does not draw one noise per image; a pipeline that cannot be called.
     """
@@ -127,6 +128,8 @@ def generate(
         space = None
     elif space is None:
         space = _space_of(pipe, spell, options)
+    if processes and spell is not None and isinstance(spell.history, StoredHistory):
+        raise ValueError("a history in a folder is written by one process alone; use one without accelerate launch.")
     if couple and (processes or {"image", "latents", "video"} & options.keys()):
         raise ValueError("couple=True is for text-to-image runs in one process, which draw their own noise.")
     noises = {prompt: CoupledNoise(size) for prompt, size in Counter(prompts).items()}

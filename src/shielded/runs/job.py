@@ -7,9 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from shielded import __version__
 from shielded._extras import RequestError
 from shielded.certificates.certificate import history_sha256
+from shielded.evaluation.metrics import nearest_distance
 from shielded.generation import distributed
 from shielded.generation.repair import OnLeak, check_on_leak
 from shielded.models import PROTECTION, PROTECTION_RADIUS, VARIETY, VARIETY_RADIUS, preset_of
@@ -20,7 +24,8 @@ from shielded.runs.folder import RunFolder
 from shielded.runs.model_call import ModelCall
 from shielded.runs.names import PATTERN, image_names
 from shielded.runs.paired import make_pair, settings_of, spell_arguments
-from shielded.spell import Calibration, Spell
+from shielded.runs.results import Side
+from shielded.spell import Calibration, History, Spell
 
 BATCH = 16  # images that are sampled at once
 _SHOWN_LETTERS = 40  # of a prompt in a message
@@ -47,6 +52,7 @@ def run(
     margin: float | None = None,
     batch_size: int = BATCH,
     compare: bool = True,
+    history: Path | None = None,
     resume: bool = False,
     names: str = PATTERN,
     warn: Callable[[str], None] | None = None,
@@ -85,6 +91,8 @@ def run(
         margin: see `Spell`; None: that of the job.
         batch_size: images that are sampled at once, and without a set keep apart.
         compare: whether the same images are generated without SPELL as well.
+        history: folder of the finished images of earlier runs (`History.open`), which count like images of the batch;
+            those of this run are added. None: earlier runs do not count.
         resume: go on with the stopped run in `out`.
         names: pattern of the image files; see `shielded.runs.names`.
         warn: called with each sentence that the user should read before the images are made.
@@ -103,8 +111,12 @@ def run(
     every_seed = [seed for _ in prompts for seed in seeds]
     files = image_names(every_prompt, every_seed, names)
     protected = open_sets(protect) if protect else None
+    if history is not None and joined is not None:
+        raise RequestError("a history is written by one process; leave out accelerate launch, or --history.")
     if protected is not None and radius is None:
         radius = _radius_of(protected, warn)
+        if history is not None and radius is None:
+            raise RequestError("with a history all images need one radius; give it with --radius.")
     opened = call.open(device if joined is None else str(joined), progress)
     push: dict[str, Any] = dict(VARIETY if protected is None else PROTECTION)
     given = {"overcompensation": overcompensation, "release": release, "margin": margin}
@@ -117,10 +129,12 @@ def run(
     if calibration is None and (radius_schedule == "posterior" or (radius_schedule is None and protected is not None)):
         calibration = preset_of(call.model).calibration
     error = None if calibration is None else Calibration.load(calibration)
-    spell = Spell(
-        protected, radius, batch=protected is None, **push, radius_schedule=radius_schedule, calibration=error
-    )
+    push["batch"] = protected is None or history is not None
+    remembered = None if history is None else History.open(history, opened.space)
+    push |= {} if remembered is None else {"history": remembered}
+    spell = Spell(protected, radius, **push, radius_schedule=radius_schedule, calibration=error)
     check_on_leak(on_leak, attempts, spell)
+    earlier = torch.empty(0) if remembered is None else remembered.latents
     folder = RunFolder(out, write=distributed.is_main(), resume=resume)
     folder.start(
         {
@@ -133,6 +147,7 @@ def run(
             "protect": [] if protected is None else [history_sha256(part) for part in parts_of(protected)],
             "batch": batch_size,
             "no-compare": not compare,
+            "history": None if history is None else str(history),
             "name": names,
             "version of shielded": __version__,
         }
@@ -170,9 +185,20 @@ def run(
     if protected is None and report.with_.min_pair_distance is not None:
         extra["min_pair_distance_without"] = None if report.without is None else report.without.min_pair_distance
         extra["min_pair_distance_with"] = report.with_.min_pair_distance
+    if remembered is not None:
+        sides = {"min_distance_without": report.without, "min_distance_with": report.with_}
+        extra["history"] = {"folder": str(history), "before": len(earlier), "after": len(remembered)}
+        extra["history"] |= {name: _nearest(side, earlier) for name, side in sides.items()}
     paths = [str(path) for path in protect]
     named = paths[0] if len(paths) == 1 else paths or None
     return folder.finish(report, spell_arguments(spell, named, calibration), extra=extra)
+
+
+def _nearest(side: Side | None, earlier: Tensor) -> float | None:
+    """Return the smallest distance of a side's latents from earlier images; None if there are none of either."""
+    if side is None or not len(earlier) or not len(side.latents):
+        return None
+    return nearest_distance(side.latents.flatten(1), earlier.flatten(1)).min().item()
 
 
 def _radius_of(protected: ProtectedSet, warn: Callable[[str], None] | None) -> float | None:

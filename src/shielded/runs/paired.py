@@ -171,6 +171,7 @@ def settings_of(
         "overlap": spell.overlap,
         "nearest": spell.nearest,
         "batch": spell.batch,
+        **({} if spell.history is None else {"history": len(spell.history)}),
         "window": list(spell.window),
         "radius_schedule": spell.radius_schedule,
         "release": spell.release,

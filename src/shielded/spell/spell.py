@@ -44,7 +44,7 @@ class Spell:
             shield.
         batch: the other images of the batch are references, renewed at each step.
         history: finished images of earlier calls are references. True keeps the last 1,024; a number sets that bound;
-            a History is shared or loaded from disk.
+            a History is shared, loaded from a file, or lives in a folder (`History.open`).
         nearest: only the k nearest protected references of each image (the paper's SPELL-k); None: all.
         overlap: "project" is the smallest move that leaves all shields, "sum" the paper's formula.
         window: noise levels t = σ/(α + σ) at which it may act, from and to: 1 is noise, 0 a clean image, with every
@@ -297,8 +297,9 @@ class Spell:
 
     def start(self) -> None:
         """Begin a new trajectory."""
-        self._run += 1
-        self._step = 0
+        self._run, self._step = self._run + 1, 0
+        if self.history is not None:
+            self.history.refresh()
         if self._counted is not self.mask:
             self._counted, self._static = self.mask, self._references(self.mask, self.margin)
 
