@@ -1,6 +1,6 @@
-"""One image at a time, each away from all that were made before: the history lives in a file between runs.
+"""One image at a time, each away from all that were made before: the history lives in a folder between runs.
 
-python examples/history.py --history remembered.safetensors --seed 0    # run it again with another seed
+python examples/history.py --history seen --seed 0    # run it again with another seed
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from shielded import History, Spell
+from shielded import History, LatentSpace, Spell
 from shielded.models import load
 
 parser = argparse.ArgumentParser()
@@ -20,13 +20,12 @@ parser.add_argument("--radius", type=float, default=26.0, help="L2 in the latent
 args = parser.parse_args()
 
 pipe = load(args.model)
-history = History.load(args.history) if args.history.exists() else History()
+history = History.open(args.history, LatentSpace.of(pipe))
 earlier = history.latents
 spell = Spell(radius=args.radius, batch=False, history=history)
 with spell.attach(pipe):
     generator = torch.Generator().manual_seed(args.seed)
     pipe(args.prompt, num_inference_steps=10, guidance_scale=3.0, generator=generator)
-history.save(args.history)
 
 if len(earlier):
     nearest = torch.cdist(spell.finished.double().flatten(1), earlier.double().flatten(1)).min()

@@ -70,10 +70,10 @@ def test_protected_folder_of_ones_own(run, tmp_path):
 
 
 def test_history(run, tmp_path):
-    lines = [run("history", "--history", tmp_path / "h.safetensors", "--seed", seed) for seed in range(3)]
+    lines = [run("history", "--history", tmp_path / "seen", "--seed", seed) for seed in range(3)]
     assert [numbers[0] for ((_, numbers),) in lines] == [1, 2, 3]
     assert all(numbers[1] >= 26 for ((_, numbers),) in lines[1:])
-    points = History.load(tmp_path / "h.safetensors").latents.double().flatten(1)
+    points = History.open(tmp_path / "seen").latents.double().flatten(1)
     assert torch.pdist(points).min() >= 26 * (1 - 1e-6)
 
 
