@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 from torch import nn
 
@@ -400,8 +400,8 @@ def test_fingerprint_of_half_precision_load(tmp_path):
     [
         (LatentSpace.of(stable_diffusion(kl()), height=32), "shape"),
         (LatentSpace.of(stable_diffusion(kl(scaling_factor=0.13025))), r"scaling 0\.18215 against 0\.13025"),
-        (LatentSpace.of(stable_diffusion(kl(shift_factor=0.1))), "shift"),
-        (LatentSpace.of(stable_diffusion(kl(latents_mean=[0.0] * 4, latents_std=[1.0] * 4))), "mean"),
+        (LatentSpace.of(stable_diffusion_3(kl(shift_factor=0.1))), "shift"),
+        (LatentSpace.of(stable_diffusion_xl(kl(latents_mean=[0.0] * 4, latents_std=[1.0] * 4))), "mean"),
         (LatentSpace.of(stable_diffusion(kl(seed=1))), "weights"),
         (LatentSpace.of(stable_diffusion(tiny_vae())), "vae_class AutoencoderKL against AutoencoderTiny"),
         (LatentSpace((4, 8, 9)), "shape"),
@@ -435,7 +435,7 @@ def test_only_the_way_to_the_latents_counts():
 
 def test_json_round_trip():
     vae = kl(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
-    for space in (LatentSpace.of(stable_diffusion(vae)), LatentSpace.of(tiny("ltx").pipe), LatentSpace((7,))):
+    for space in (LatentSpace.of(stable_diffusion_xl(vae)), LatentSpace.of(tiny("ltx").pipe), LatentSpace((7,))):
         back = LatentSpace.from_json(json.loads(json.dumps(space.to_json())))
         assert back == space
         assert back.fingerprint == space.fingerprint
@@ -450,24 +450,15 @@ def test_compiled_modules_are_seen_through():
 
 
 def test_refuses_what_it_does_not_understand():
-    pixel_space = DDIMPipeline(
-        UNet2DModel(
-            sample_size=8,
-            block_out_channels=(4, 8),
-            down_block_types=("DownBlock2D",) * 2,
-            up_block_types=("UpBlock2D",) * 2,
-            norm_num_groups=2,
-        ),
-        DDIMScheduler(),
-    )
-    with pytest.raises(TypeError, match="DDIMPipeline has the autoencoder NoneType; supported are AutoencoderDC"):
-        LatentSpace.of(pixel_space)
-    other = stable_diffusion(kl())
-    other.unet = pixel_space.unet
-    with pytest.raises(TypeError, match="StableDiffusionPipeline has the denoiser UNet2DModel; supported are DiT"):
-        LatentSpace.of(other)
+    without = stable_diffusion(kl())
+    without.vae = None
+    with pytest.raises(TypeError, match="latents of StableDiffusionPipeline: it has no autoencoder as its `vae`"):
+        LatentSpace.of(without)
+    of_depth_too = stable_diffusion(kl(out_channels=6))
+    with pytest.raises(TypeError, match="its autoencoder makes 6 channels, pictures have 3"):
+        LatentSpace.of(of_depth_too)
     parts = {name: getattr(tiny("ltx").pipe, name) for name in ("vae", "transformer", "scheduler")}
-    with pytest.raises(TypeError, match="LTXImageToVideoPipeline is not supported: its sampler does not see the first"):
+    with pytest.raises(TypeError, match="LTXImageToVideoPipeline: its sampler sees noise_latents, not all"):
         LatentSpace.of(pipeline("LTXImageToVideoPipeline", **parts))
     offloaded = stable_diffusion(kl())
     offloaded.vae.to("meta")

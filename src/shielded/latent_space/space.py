@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shielded._extras import RequestError
 from shielded.latent_space import families
+from shielded.latent_space.layouts import PATCHES, TOKENS, arrange, arranged_shape, channel_axis, restore
 from shielded.latent_space.pixels import (
     check_images,
     check_pixels,
@@ -49,6 +50,10 @@ class LatentSpace:
         vae_sha256: digest of the weights of its encoder, as float16.
         vae: the autoencoder itself. It is neither stored nor compared.
         pixel_range: values of black and white where the sampler sees pixels; None: it sees latents.
+        layout: where the sampler sees latents in another order that is not tokens: "patches" (C · patch², H, W),
+            "frames first" (F, C, H, W) or "channels last" (F, H, W, C).
+        tiling: the encoder cuts images of this size into overlapping tiles, whose latents it blends: its settings of
+            them; None: it does not.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +68,8 @@ class LatentSpace:
     vae_sha256: str | None = None
     vae: nn.Module | None = field(default=None, repr=False, compare=False)
     pixel_range: tuple[float, float] | None = None
+    layout: str | None = None
+    tiling: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.shape)
@@ -105,8 +112,9 @@ class LatentSpace:
         Pipelines of diffusers that work on pixels (DDPM, DDIM, PNDM, consistency models, DeepFloyd IF) have
         `LatentSpace.pixels`.
 
-        Supported are the pipelines of Stable Diffusion 1, 2, XL and 3, DiT, PixArt, Sana, Z-Image, FLUX.1, FLUX.2 and
-        Qwen-Image, and of the video models Wan and LTX, including image to image, inpainting and ControlNet.
+        Scale, shift, statistics and order of the latents are read from the code that brings the pipeline's latents to
+        its decoder, and from its autoencoder's configuration. docs/latent_spaces.md lists the pipelines of diffusers
+        that this understands, and why not the others.
 
         PixArt and Sana replace a size by the nearest one that they were trained on, unless they are called with
         `use_resolution_binning=False`; the space is that of the size given here.
@@ -131,14 +139,15 @@ class LatentSpace:
                 size = f"{pixels[1]}x{pixels[2]}"
                 raise RequestError(f"{type(pipe).__name__} makes images of {size} pixels; leave the size out.")
             return cls.pixels(pixels)
-        vae, denoiser, family = families.parts(pipe)
-        rows, columns = families.default_size(pipe, vae, denoiser)
-        height, width = height or rows, width or columns
-        multiple = families.spatial_factor(vae) * family.patch
+        vae, denoiser, decoding = families.parts(pipe)
+        if height is None or width is None:
+            rows, columns = families.default_size(pipe, vae, denoiser)
+            height, width = height or rows, width or columns
+        multiple = families.spatial_factor(vae) * families.patch_of(denoiser, decoding)
         if height % multiple or width % multiple:
             raise RequestError(f"{type(pipe).__name__} needs a multiple of {multiple} pixels; got {height}x{width}.")
-        if family.video:
-            num_frames = num_frames or families.default_num_frames(pipe)
+        if decoding.video:
+            num_frames = num_frames or families.default_num_frames(pipe, denoiser)
             if (num_frames - 1) % families.temporal_factor(vae):
                 raise ValueError(
                     f"{type(pipe).__name__} needs one frame more than a multiple of {families.temporal_factor(vae)}; "
@@ -146,19 +155,19 @@ class LatentSpace:
                 )
         elif num_frames is not None:
             raise ValueError(f"{type(pipe).__name__} makes images; leave num_frames out.")
-        shape = families.grid(vae, (height, width), num_frames)
-        patch = family.patch if family.packed else None
-        if patch is not None:
-            shape = tuple(families.pack(torch.empty(1, *shape, device="meta"), patch).shape[1:])
+        grid = families.grid(vae, (height, width), num_frames)
+        tokens = decoding.layout == TOKENS
         return cls(
-            shape=shape,
+            shape=arranged_shape(grid, decoding.layout, decoding.patch),
             image_size=(height, width),
             num_frames=num_frames,
-            patch=patch,
+            patch=decoding.patch if decoding.layout in (TOKENS, PATCHES) else None,
+            layout=None if tokens else decoding.layout,
+            tiling=families.tiling(vae, (height, width), num_frames),
             vae_class=type(vae).__name__,
             vae_sha256=families.encoder_sha256(vae),
             vae=vae,
-            **families.statistics(vae, patch),
+            **families.statistics(pipe, vae, decoding),
         )
 
     @property
@@ -179,8 +188,9 @@ class LatentSpace:
     def to_json(self) -> dict[str, Any]:
         """Return everything but the autoencoder, in JSON types; `from_json` reads it back."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vae"}
-        if self.pixel_range is None:
-            del values["pixel_range"]  # sets of earlier versions do not have it, and keep their fingerprint
+        # Sets of earlier versions do not have these, and keep their fingerprint.
+        later = ("pixel_range", "layout", "tiling")
+        values = {name: value for name, value in values.items() if value is not None or name not in later}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -226,10 +236,17 @@ class LatentSpace:
     def _encoder_differences(self, other: LatentSpace) -> list[str]:
         if any(space.vae_sha256 is None and space.pixel_range is None for space in (self, other)):
             return []
-        names = ("vae_class", "patch", "scaling", "shift", "mean", "std", "pixel_range")
+        names = ("vae_class", "patch", "layout", "scaling", "shift", "mean", "std", "pixel_range")
         different = self._differences(other, *names)
+        if self.tiling != other.tiling and self.image_size == other.image_size:
+            different.append("tiling of the encoder, which changes the latents of images larger than a tile")
         if not different and self.vae_sha256 != other.vae_sha256:
-            return ["the encoder's weights (loaded as float32 or float16 they are the same, as bfloat16 they are not)"]
+            kinds = {families.weights_kind(space.vae) for space in (self, other) if space.vae is not None}
+            loaded = f"; here they are {' and '.join(sorted(kinds))}" if kinds else ""
+            return [
+                "the encoder's weights (loaded as float32 or float16 they are the same, as bfloat16 or quantised they "
+                f"are not{loaded})"
+            ]
         return different
 
     @torch.no_grad()
@@ -269,11 +286,13 @@ class LatentSpace:
             channels, around = self.shape[0], self.pixel_range
             return torch.cat(latents + [to_range(batch.float().cpu(), channels, around) for batch in pixels])
         vae = self._require_vae()
+        if families.tiling(vae, image_size, self.num_frames) != self.tiling:
+            raise RequestError("The encoder's tiling was switched on or off; read the latent space again.")
         mean, scale = self._normalisation()
         with families.ready(vae) as (device, dtype):
             for batch in pixels:
                 z = families.vae_encode(vae, batch.to(device, dtype)).float().cpu()
-                latents.append(((z if self.patch is None else families.pack(z, self.patch)) - mean) * scale)
+                latents.append((arrange(z, *self._order()) - mean) * scale)
         return torch.cat(latents)
 
     @torch.no_grad()
@@ -303,8 +322,8 @@ class LatentSpace:
         with families.ready(vae) as (device, dtype):
             for batch in latents.split(batch_size):
                 z = batch.detach().float().cpu() / scale + mean
-                if self.patch is not None:
-                    z = families.unpack(z, self.patch, families.grid(vae, image_size, self.num_frames))
+                if self._order()[0] is not None:
+                    z = restore(z, *self._order(), families.grid(vae, image_size, self.num_frames))
                 pixels = families.vae_decode(vae, z.to(device, dtype)).float().cpu()
                 images += [to_pil(clip) for clip in pixels.transpose(1, 2)] if pixels.ndim == 5 else to_pil(pixels)
         return images
@@ -313,8 +332,13 @@ class LatentSpace:
         """Return (mean, scale) with latent = (z - mean) * scale."""
         if self.mean is None or self.std is None:
             return self.shift, self.scaling
-        channels = (-1,) if self.patch is not None else (-1, *[1] * (len(self.shape) - 1))
+        channels = [1] * (len(self.shape) + 1)
+        channels[channel_axis(self._order()[0])] = -1
         return torch.tensor(self.mean).view(channels), self.scaling / torch.tensor(self.std).view(channels)
+
+    def _order(self) -> tuple[str | None, int]:
+        """Return layout and patch as `layouts.arrange` takes them."""
+        return TOKENS if self.layout is None and self.patch is not None else self.layout, self.patch or 1
 
     def _require_image_size(self) -> tuple[int, int]:
         if self.image_size is None or (self.vae is None and self.pixel_range is None):
