@@ -13,6 +13,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import psutil
@@ -353,9 +354,12 @@ def reads(process, file):
 SEARCH = """
 import sys, torch
 from shielded import ProtectedSet
+from shielded.protected.ray import connection
+connection.CHECK_SECONDS = 0.3
 protected = ProtectedSet.open(sys.argv[1], ray=sys.argv[2])
 x = torch.zeros(1, *protected.space.shape)
 print(len(protected.within(x, 100.0)), flush=True)
+input()  # until the head is lost
 while True:
     protected.within(x, 100.0)
 """
@@ -363,6 +367,8 @@ PROTECT = """
 from shielded.cli import main
 from shielded.protected import ProtectedSet
 from shielded.protected.ingest import encoding
+from shielded.protected.ray import connection
+connection.CHECK_SECONDS = 0.3
 encoding._SAVE_SECONDS = 0
 add = ProtectedSet.add
 def add_and_tell(self, *arguments):
@@ -386,12 +392,12 @@ def test_without_its_head_it_says_so_and_goes_on_later(ray, pictures, stored, tm
     try:
         for arguments in ([SEARCH, stored.path, first.address], [PROTECT, *command, "--ray", first.address]):
             job = [sys.executable, "-c", *arguments]
-            jobs.append(subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+            jobs.append(subprocess.Popen(job, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True))
         search, protect = jobs
         assert int(search.stdout.readline()) == len(stored)
         assert [protect.stdout.readline() for _ in range(33)] == [f"{n}\n" for n in range(1, 34)]
         first.kill_head()
-        errors = [job.communicate()[1] for job in jobs]
+        errors = [job.communicate("\n")[1] for job in jobs]
     finally:
         too_long.cancel()
         for job in jobs:

@@ -71,6 +71,52 @@ def wan_image_to_video():
     return Tiny(pipe, {**parts.options, "image": PICTURE, "prompt_embeds": randn(4, 4, 8)})
 
 
+def hunyuan_image_to_video(kind):
+    """The first frame is made along and dropped at the end, or it is given and never stepped."""
+    blocks = {side: (f"HunyuanVideo{side.title()}Block3D",) * 4 for side in ("down", "up")}
+    vae = model(
+        "AutoencoderKLHunyuanVideo",
+        latent_channels=4,
+        down_block_types=blocks["down"],
+        up_block_types=blocks["up"],
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    transformer = model(
+        "HunyuanVideoTransformer3DModel",
+        in_channels=9 if kind == "latent_concat" else 4,  # latents, picture, mask
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        guidance_embeds=False,
+        text_embed_dim=8,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 2, 4),
+        image_condition_type=kind,
+    )
+    pipe = pipeline(
+        "HunyuanVideoImageToVideoPipeline",
+        vae=vae,
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+    options = {
+        "image": PICTURE.add(1).div(2).expand(4, -1, -1, -1),
+        "prompt_embeds": randn(4, 3, 8),
+        "pooled_prompt_embeds": randn(4, 8, seed=2),
+        "prompt_attention_mask": torch.ones(4, 3),
+        "num_frames": 9,
+        "num_inference_steps": 4,
+    }
+    return Tiny(pipe, {**options, "height": SIZE, "width": SIZE})
+
+
 def free_init(passes=2):
     adapter = model(
         "MotionAdapter",
@@ -114,6 +160,25 @@ def test_what_is_returned_is_outside(make, share):
     assert torch.equal(spell.returned, returned)
     assert torch.equal(spell.finished, returned)
     assert torch.equal(run(made), plain)  # the pipeline is what it was
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize("kind", ["latent_concat", "token_replace"])
+def test_what_hunyuan_video_makes_of_a_picture_is_outside(kind, share):
+    """Protect whole videos where the first frame is dropped, and the frames that are made where it is given."""
+    made = hunyuan_image_to_video(kind)
+    plain = run(made)
+    radius = share * plain[0].numel() ** 0.5
+    first = randn(4, 4, 1, 2, 2, seed=9)  # of a protected video; what it is does not count
+    references = torch.cat([first, plain], dim=2) if kind == "latent_concat" else plain[:, :, 1:]
+    with Spell(references, radius, batch=False).attach(made.pipe):
+        returned = run(made)
+    nearest = torch.cdist(returned.double().flatten(1), plain.double().flatten(1)).amin(dim=1)
+    assert (nearest >= radius * (1 - 1e-3)).all()
+    assert torch.equal(run(made), plain)
+    whole = plain if kind == "token_replace" else plain[:, :, 1:]
+    with pytest.raises(ValueError, match="the protected references have shape"), Spell(whole, 1.0).attach(made.pipe):
+        run(made)
 
 
 @pytest.mark.parametrize("make", [sdxl_inpaint, wan_image_to_video, free_init])
