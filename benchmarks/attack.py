@@ -95,7 +95,7 @@ def _ask(protected: ProtectedSet, z: np.ndarray, norms: np.ndarray, count: int, 
 def kills(count: int) -> dict[str, int]:
     """Kill commands at random moments: the set opens, and the same command, repeated, ends well."""
     rng, outcome = random.Random(0), Counter(killed=0, failed=0)
-    torch.set_num_threads(1)  # so that the process can be copied
+    torch.set_num_threads(1)
     pipe = models.load()
     models.load = lambda *_, **__: pipe
     encoding._SAVE_SECONDS = 0.0
@@ -158,7 +158,7 @@ def _after(target: Path, command: list, action: str, out: Path) -> str | None:
         return f"{type(error).__name__}: {error}"
     expected = 38 if action in ("remove", "compact") else 40
     if len(protected) != expected:
-        return f"{len(protected)} images instead of {expected}"
+        return f"{len(protected)} images instead of {expected}: {finished[1][-300:]}"
     if action in ("remove", "compact") and store.read_manifest(target)["removed"] is not None:
         return "removed vectors are still there"
     return None
@@ -173,6 +173,7 @@ def _run(command: list, kill_after: float | None = None) -> tuple[int, str] | No
                 os.dup2(output.fileno(), stream)
             code = 1
             try:
+                torch.set_num_threads(1)  # in one thread, as torch renews its pool after a fork without a lock
                 cli.app([str(part) for part in command], prog_name="shielded")
             except SystemExit as error:
                 code = int(error.code or 0)

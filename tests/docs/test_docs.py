@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHOWN = {"text", "bibtex", "json", "toml", "html"}  # languages of blocks that are not run
-STEPS = 3  # of every sampler here, whatever a page says
+STEPS = 2  # of every sampler here, whatever a page says
 COMMANDS = typer.main.get_command(app).commands
 
 
