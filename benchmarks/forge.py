@@ -256,7 +256,7 @@ def forgeries() -> tuple[list[Forgery], list[Forgery]]:
         ("key twice", log_bytes(lambda data: data.replace(b'"event"', b'"event": "x", "event"', 1)), None),
         ("no line end", log_bytes(lambda data: data[:-1]), None),
         ("rewritten without its images", log_lines(lambda rs: [r for r in rs if r["event"] != "certified"]), None),
-        ("rewritten without failures", log_lines(lambda rs: [r for r in rs if r["event"] != "restarted"]), None),
+        ("rewritten without trials", log_lines(lambda rs: [r for r in rs if r["event"] != "sampled"]), None),
         ("rewritten with another radius", log_lines(replaced("settings", {"radius": 1.0}, "start")), None),
         ("rewritten with another digest", log_lines(replaced("sha256", "0" * 64)), None),
         ("rewritten with another certificate", log_lines(replaced("certificate_sha256", "0" * 64)), None),
