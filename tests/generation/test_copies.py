@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from helpers.descriptors import pictures, small_descriptor
 from shielded import LatentSpace, ProtectedSet, Spell
-from shielded.generation.copies import GROWTH, find_copies
+from shielded.generation import generate
+from shielded.generation.copies import GROWTH, LEVELS, NEARLY, AwayFromCopies, away_from_copies, find_copies
 from shielded.generation.repair import WIDER, repair
+from shielded.models import load
 
 RADIUS = 0.5
 
@@ -80,3 +82,68 @@ def test_without_a_threshold_nothing_is_called_a_copy(protected):
     protected.set_copy_threshold(None)
     assert find_copies(images, protected) == [None]
     assert protected.at(version).copy_threshold == 0.9
+    protected.set_copy_threshold(0.9)
+
+
+# While sampling
+
+
+def decode(latents):
+    return [Image.fromarray(((x.permute(1, 2, 0) + 1) * 127.5).round().clip(0, 255).byte().numpy()) for x in latents]
+
+
+def test_what_is_becoming_a_copy_gets_a_shield_of_its_own(protected):
+    copy, other = encode([ImageOps.mirror(pictures(4)[2]), pictures(9)[8]])
+    reference = protected.vectors([2])[0]
+    distance = (copy - reference).norm().item()
+    nearest = protected.nearest(torch.stack([copy, other]))[0].flatten()
+    radius = float(nearest.max() / NEARLY * 1.01)  # both are near a shield, and outside
+    assert radius < nearest.min()
+    log = []
+    spell = Spell(protected, radius, 2.0, batch=False, radius_schedule="constant", release=0.4)
+    space = SimpleNamespace(decode=decode)
+    away = AwayFromCopies(spell, protected, space, lambda event, **more: log.append((event, more)))
+    x0 = torch.stack([other, copy])
+    reach = distance
+    steps = [(0.6, 0), (0.5, 1), (0.45, 1), (0.3, 2), (0.2, 2)]
+    assert LEVELS == (0.5, 0.3)
+    for trajectory in range(2):
+        away.start()
+        for level, compared in steps:
+            state = {"alpha": 1 - level, "sigma": level, "last": False}
+            released = away.colliding(x0, **state)
+            assert (released is not None) == (level == 0.45)  # found at the step before, and above `release`
+            assert released is None or released.tolist() == [False, True]
+            correction = away(x0, noise=torch.ones_like(x0), **state)
+            assert not correction[0].any()
+            reach = GROWTH**compared * distance
+            expected = 2.0 * (reach / distance - 1) * (copy - reference)
+            torch.testing.assert_close(correction[1], expected, rtol=1e-4, atol=1e-6)
+        assert [event for event, _ in log] == ["copying"] * 2 * (trajectory + 1)
+        assert [(more["row"], more["copy_id"], more["noise_level"]) for _, more in log[-2:]] == [
+            (1, "c", 0.5),
+            (1, "c", 0.3),
+        ]
+
+
+def test_only_near_images_are_decoded(protected):
+    far = 3 * encode(pictures(9)[8:])
+    away = AwayFromCopies(Spell(protected, RADIUS, batch=False), protected, SimpleNamespace(), None)
+    away.start()
+    assert not away(far, noise=torch.ones_like(far), alpha=0.6, sigma=0.4, last=False).any()
+
+
+def test_generation_compares_where_the_set_has_a_threshold(tmp_path):
+    pipe = load("emoji", "cpu")
+    described = ProtectedSet.create(tmp_path / "set", LatentSpace.of(pipe), descriptor="shielded")
+    options = {"prompts": ["pizza"], "seeds": [3], "steps": 3, "progress": False}
+    described.add(generate(pipe, **options).images, ["pizza"])
+    log = []
+    for threshold in (None, -1.0):  # the descriptor calls nothing a copy, and everything
+        described.set_copy_threshold(threshold)
+        spell = Spell(described, 20.0, batch=False, radius_schedule="constant")
+        assert isinstance(away_from_copies(spell, described.space, None), Spell) == (threshold is None)
+        generate(
+            pipe, spell=spell, on_leak="refuse", log=lambda event, **more: log.append((event, more["seed"])), **options
+        )
+    assert log == [("sampled", 3), ("copying", 3), ("sampled", 3)]

@@ -1,17 +1,26 @@
-"""Find the finished pictures that are copies of protected ones, and the radii that lead away from those."""
+"""Find the pictures that are copies of protected ones, finished or still being sampled, and lead away from those.
+
+The descriptor of the set says which picture is copied, and when it is let go; SPELL moves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet, parts_of
+from shielded.spell import Spell
 
-GROWTH = 1.15  # factor of the radius around a copied picture at each restart
+GROWTH = 1.15  # factor of the radius around a copied picture, each time that it is found again
+LEVELS = (0.5, 0.3)  # noise levels at which x0 is compared; before them it is blurred, after them it moves little
+NEARLY = 1.5  # radii around a protected image within which its shield is nearly active
 
 
 @dataclass(frozen=True)
@@ -69,3 +78,134 @@ def grown_radii(
         distance = (latents[i].double().cpu() - reference).norm().item()
         radii[copy.row] = max(radii[copy.row].item(), distance) * GROWTH**restarts
     return radii
+
+
+def away_from_copies(correct: Any, space: LatentSpace | None, log: Callable[..., None] | None) -> Any:
+    """Wrap a Spell whose protected set has a copy threshold; return every other correction as it is.
+
+    Args:
+        correct: a correction, or None.
+        space: with the autoencoder; None: nothing is decoded, so nothing is compared.
+        log: see `AwayFromCopies`.
+    """
+    protected = correct.protected if isinstance(correct, Spell) else None
+    if space is None or not isinstance(protected, ProtectedSet) or correct.mask is not None:
+        return correct
+    if all(part.copy_threshold is None for part in parts_of(protected)):
+        return correct
+    return AwayFromCopies(correct, protected, space, log)
+
+
+@dataclass
+class _Pursued:
+    """The protected image (*S) that a batch row is a copy of, and the radius of the shield that it has for this row."""
+
+    reference: Tensor
+    row: int
+    radius: float
+
+
+class AwayFromCopies:
+    """The correction of a Spell, and a shield around each protected picture that an x0 is becoming a copy of.
+
+    At the first step at or below each of `LEVELS`, x0 of the images in or near a shield is decoded and compared by the
+    descriptor of the set. A copy gets a shield of its own around the copied picture, which reaches beyond its x0 and
+    grows at each comparison that finds it again; its guidance is released as in any shield. So an image near a shield
+    costs two decodings more.
+
+    Args:
+        spell: with a `ProtectedSet`.
+        protected: that set, which has a copy threshold.
+        space: with the autoencoder.
+        log: called with "copying", the batch row, the copied image's id, the similarity and the noise level.
+    """
+
+    def __init__(
+        self, spell: Spell, protected: ProtectedSet, space: LatentSpace, log: Callable[..., None] | None
+    ) -> None:
+        self.spell, self._protected, self._space, self._log = spell, protected, space, log
+        self.restrict, self.begin_call, self.end_call = spell.restrict, spell.begin_call, spell.end_call
+        self.release, self.release_scale = spell.release, spell.release_scale
+        self._pursued: dict[int, _Pursued] = {}
+        self._coming = list(LEVELS)
+
+    @property
+    def guidance(self) -> str | None:
+        """How guidance was released; see `Spell`."""
+        return self.spell.guidance
+
+    @guidance.setter
+    def guidance(self, way: str | None) -> None:
+        self.spell.guidance = way
+
+    @property
+    def finished(self) -> Tensor | None:
+        """The last finished latents (B, *S)."""
+        return self.spell.finished
+
+    @contextmanager
+    def attach(self, pipe: Any) -> Iterator[AwayFromCopies]:
+        """Correct every step of a pipeline, like `Spell.attach`."""
+        with self.spell.attach(pipe, through=self):
+            yield self
+
+    def start(self) -> None:
+        """Begin a new trajectory."""
+        self.spell.start()
+        self._pursued, self._coming = {}, list(LEVELS)
+
+    def colliding(self, x0: Tensor, *, alpha: float, sigma: float, last: bool = False) -> Tensor | None:
+        """Find the rows (B,) of the guided x0 (B, *S) whose guidance is to be released; see `Spell`."""
+        rows = self.spell.colliding(x0, alpha=alpha, sigma=sigma, last=last)
+        if self.release is None or not sigma / (alpha + sigma) > self.release:
+            return rows
+        move = self._move(x0)
+        if move is None:
+            return rows
+        moved = move.flatten(1).any(dim=1)
+        return moved if rows is None else rows | moved
+
+    def __call__(
+        self, x0: Tensor, *, noise: Tensor, alpha: float, sigma: float, last: bool, released: Tensor | None = None
+    ) -> Tensor:
+        """Compute the correction (B, *S); see `Spell`."""
+        level = sigma / (alpha + sigma)
+        if self._coming and level <= self._coming[0]:
+            self._coming = [later for later in self._coming if later < level]
+            self._compare(x0, level)
+        move = self._move(x0)
+        state: dict[str, Any] = {"noise": noise, "alpha": alpha, "sigma": sigma, "last": last, "released": released}
+        return self.spell(x0, **state) if move is None else move + self.spell(x0 + move, **state)
+
+    def finish(self, latents: Tensor) -> Tensor:
+        """End a trajectory with these latents (B, *S); see `Spell`."""
+        return self.spell.finish(latents)
+
+    def _compare(self, x0: Tensor, level: float) -> None:
+        """Decode x0 of the images in or near a shield, and give a shield to those that are copies."""
+        radius = self._protected.radii if self.spell.radius is None else self.spell.radius
+        near = self._protected.within(x0, NEARLY * radius, nearest=1).query.unique().tolist()
+        if not near:
+            return
+        for row, copy in zip(near, find_copies(self._space.decode(x0[near]), self._protected), strict=True):
+            if copy is None:
+                continue
+            known = self._pursued.get(row)
+            reference = self._protected.vectors([copy.row])[0].to(x0)
+            reach = (x0[row] - reference).norm().item()
+            if known is not None and known.row == copy.row:
+                reach = max(reach, known.radius)
+            self._pursued[row] = _Pursued(reference, copy.row, GROWTH * reach)
+            if self._log is not None:
+                self._log("copying", row=row, copy_id=copy.id, copy_similarity=copy.similarity, noise_level=level)
+
+    def _move(self, x0: Tensor) -> Tensor | None:
+        """Compute λ times the move (B, *S) of pursued rows out of their shields; None if all are outside."""
+        move = None
+        for row, pursued in self._pursued.items():
+            away = x0[row] - pursued.reference
+            distance = away.norm().item()
+            if 0 < distance < pursued.radius:
+                move = torch.zeros_like(x0) if move is None else move
+                move[row] = self.spell.overcompensation * (pursued.radius / distance - 1) * away
+        return move

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from shielded._extras import show_progress, watched
+from shielded.generation.copies import AwayFromCopies, away_from_copies
 from shielded.generation.distributed import Gathered, Share, batch_of_all, for_share, gather_finished
 from shielded.generation.generated import Generated
 from shielded.generation.noise import CoupledNoise, coupling
@@ -156,13 +157,15 @@ def generate(
                 if isinstance(call.get(name), str | Image.Image):
                     call[name] = [call[name]] * len(texts)
             correct = for_share(spell, share) if processes else spell
-            with coupling(pipe, [noises[text] for text in texts]) if couple else nullcontext():
-                images, latents = _sample(pipe, correct, call)
-            made = Generated(images[: share.kept], latents[: share.kept])
             events: list[tuple[str, dict[str, Any]]] = []
+            note = functools.partial(
+                _note, functools.partial(_keep, events) if processes else log, texts[: share.kept], numbers
+            )
+            with coupling(pipe, [noises[text] for text in texts]) if couple else nullcontext():
+                images, latents = _sample(pipe, away_from_copies(correct, space, note), call)
+            made = Generated(images[: share.kept], latents[: share.kept])
             if space is not None and spell is not None:
                 again = functools.partial(_restart, pipe, texts, call, bar)
-                note = functools.partial(_note, functools.partial(_keep, events) if processes else log, texts, numbers)
                 made = repair(spell, space, made.images, made.latents, again, on_leak, attempts, note)
             if processes:
                 made, events = gather_finished(made, correct, share, events)
@@ -210,7 +213,7 @@ def _sample(pipe: Any, spell: _Keeping | None, call: dict[str, Any]) -> tuple[li
     # Inpainting pastes the known part over what the scheduler returned; the callback comes after that.
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         call = {"callback_on_step_end": keep, **call}
-    with spell.attach(pipe) if isinstance(spell, Spell | Gathered) else attach(pipe, watch):
+    with spell.attach(pipe) if isinstance(spell, Spell | Gathered | AwayFromCopies) else attach(pipe, watch):
         images = images_of(pipe, pipe(**call))
     latents = kept["latents"] if "latents" in kept else cast(Tensor, watch.finished)
     return images, latents.float().cpu()
@@ -250,7 +253,7 @@ def _restart(
 def _note(
     log: Callable[..., None] | None, prompts: list[str], seeds: list[int], event: str, row: int, **content: Any
 ) -> None:
-    if log is not None:
+    if log is not None and row < len(prompts):  # not for the images that fill up a process's share
         log(event, prompt=prompts[row], seed=seeds[row], **content)
 
 
