@@ -126,6 +126,31 @@ def test_what_is_becoming_a_copy_gets_a_shield_of_its_own(protected):
         ]
 
 
+def test_a_blurred_copy_is_found_and_what_is_far_from_one_is_not_decoded_again(protected):
+    x0 = encode(pictures(6)[4:])
+    similarities = protected.copy_rows(decode(x0))[0].flatten()
+    likest = int(similarities.argmax())
+    assert similarities.max() - similarities.min() > 0.1
+    protected.set_copy_threshold(float(similarities.max()) + 0.02)  # between BLUR · 0.5² and BLUR · 0.3²
+    decoded, log = [], []
+
+    def counted(latents):
+        decoded.append(len(latents))
+        return decode(latents)
+
+    radius = float(protected.nearest(x0)[0].max())
+    spell = Spell(protected, radius, batch=False, radius_schedule="constant")
+    away = AwayFromCopies(
+        spell, protected, SimpleNamespace(decode=counted), lambda event, **more: log.append((more["row"], event))
+    )
+    away.start()
+    for level in (0.5, 0.3):
+        away(x0, noise=torch.ones_like(x0), alpha=1 - level, sigma=level, last=False)
+    protected.set_copy_threshold(0.9)
+    assert log == [(likest, "copying")]
+    assert decoded == [2, 1]
+
+
 def test_only_near_images_are_decoded(protected):
     far = 3 * encode(pictures(9)[8:])
     away = AwayFromCopies(Spell(protected, RADIUS, batch=False), protected, SimpleNamespace(), None)

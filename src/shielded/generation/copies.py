@@ -20,6 +20,8 @@ from shielded.spell import Spell
 
 GROWTH = 1.15  # factor of the radius around a copied picture, each time that it is found again
 LEVELS = (0.5, 0.3)  # noise levels at which x0 is compared; before them it is blurred, after them it moves little
+BLUR = 0.1  # times t²: by how much less similar x0 at noise level t is taken to be than the picture that it becomes
+FARTHEST = 0.1  # below the threshold; x0 that is less similar at the first level is not compared at the next
 NEARLY = 1.5  # radii around a protected image within which its shield is nearly active
 
 
@@ -42,6 +44,12 @@ class Copied:
 
 def find_copies(images: Sequence[Image.Image], protected: ProtectedSet) -> list[Copied | None]:
     """Compare pictures with a set by its descriptor; None for each that is no copy, or if the set has no threshold."""
+    found = most_similar(images, protected)
+    return [copy if copy is not None and copy.similarity >= copy.threshold else None for copy in found]
+
+
+def most_similar(images: Sequence[Image.Image], protected: ProtectedSet) -> list[Copied | None]:
+    """Find the protected image that each picture comes nearest to being a copy of; None without a threshold."""
     found: list[Copied | None] = [None] * len(images)
     start = 0
     for part in parts_of(protected):
@@ -49,7 +57,8 @@ def find_copies(images: Sequence[Image.Image], protected: ProtectedSet) -> list[
         if threshold is not None and images:
             similarities, rows = part.copy_rows(images)
             for i, (similarity, row) in enumerate(zip(similarities[:, 0].tolist(), rows[:, 0].tolist(), strict=True)):
-                if similarity >= threshold and found[i] is None:
+                before = found[i]
+                if before is None or similarity - threshold > before.similarity - before.threshold:
                     found[i] = Copied(str(protected.ids[start + row]), start + row, similarity, threshold)
         start += len(part)
     return found
@@ -111,7 +120,7 @@ class AwayFromCopies:
     At the first step at or below each of `LEVELS`, x0 of the images in or near a shield is decoded and compared by the
     descriptor of the set. A copy gets a shield of its own around the copied picture, which reaches beyond its x0 and
     grows at each comparison that finds it again; its guidance is released as in any shield. So an image near a shield
-    costs two decodings more.
+    costs one decoding more, and another one if it is not far from being a copy.
 
     Args:
         spell: with a `ProtectedSet`.
@@ -128,6 +137,7 @@ class AwayFromCopies:
         self.release, self.release_scale = spell.release, spell.release_scale
         self._pursued: dict[int, _Pursued] = {}
         self._coming = list(LEVELS)
+        self._far: set[int] = set()  # rows that cannot become copies any more
 
     @property
     def guidance(self) -> str | None:
@@ -152,7 +162,7 @@ class AwayFromCopies:
     def start(self) -> None:
         """Begin a new trajectory."""
         self.spell.start()
-        self._pursued, self._coming = {}, list(LEVELS)
+        self._pursued, self._coming, self._far = {}, list(LEVELS), set()
 
     def colliding(self, x0: Tensor, *, alpha: float, sigma: float, last: bool = False) -> Tensor | None:
         """Find the rows (B,) of the guided x0 (B, *S) whose guidance is to be released; see `Spell`."""
@@ -184,11 +194,15 @@ class AwayFromCopies:
     def _compare(self, x0: Tensor, level: float) -> None:
         """Decode x0 of the images in or near a shield, and give a shield to those that are copies."""
         radius = self._protected.radii if self.spell.radius is None else self.spell.radius
-        near = self._protected.within(x0, NEARLY * radius, nearest=1).query.unique().tolist()
-        if not near:
+        near = set(self._protected.within(x0, NEARLY * radius, nearest=1).query.tolist())
+        rows = sorted((near | self._pursued.keys()) - self._far)
+        if not rows:
             return
-        for row, copy in zip(near, find_copies(self._space.decode(x0[near]), self._protected), strict=True):
-            if copy is None:
+        for row, copy in zip(rows, most_similar(self._space.decode(x0[rows]), self._protected), strict=True):
+            assert copy is not None  # the set has a threshold
+            if copy.similarity < copy.threshold - FARTHEST:
+                self._far.add(row)
+            if copy.similarity < copy.threshold - BLUR * level**2:
                 continue
             known = self._pursued.get(row)
             reference = self._protected.vectors([copy.row])[0].to(x0)
