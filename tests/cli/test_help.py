@@ -93,7 +93,13 @@ BAD = {
         ["diversity", "--methods", "spell"],
         ["diversity", "--features", "x"],
     ],
-    "studio": [["--port", "0"], ["--port", "x"], ["--model", "no-such-model"], ["--host", "192.0.2.1"]],
+    "studio": [
+        ["--protect", "nowhere"],
+        ["--port", "0"],
+        ["--port", "x"],
+        ["--model", "no-such-model"],
+        ["--host", "192.0.2.1"],
+    ],
 }
 
 

@@ -9,11 +9,17 @@ from PIL import Image
 
 from helpers.browser import chromium
 from helpers.leaking import inside_at_first
-from shielded.models import PRESETS, load
+from shielded import ProtectedSet
+from shielded.generation.sampling import generate
+from shielded.latent_space import LatentSpace
+from shielded.models import PRESETS, PROTECTION, load
+from shielded.models.presets import EMOJI
 
 gradio = pytest.importorskip("gradio")
 
+from shielded.studio.choices import Choices  # noqa: E402
 from shielded.studio.page import LAUNCH, _uploaded, build  # noqa: E402
+from shielded.studio.request import MOST_PROMPTS, job_of  # noqa: E402
 from shielded.studio.session import MOST_UPLOADS, Session, Settings  # noqa: E402
 
 SCREENSHOT = os.environ.get("STUDIO_SCREENSHOT")  # where the documentation's picture is to be written
@@ -41,7 +47,7 @@ def test_what_is_protected_is_kept_away_from(session, monkeypatch):
         session.generate(SETTINGS, nothing)
     seen = []  # steps done, steps in all, what
     first = session.generate(replace(SETTINGS, apart=True), lambda *step: seen.append(step))
-    assert [what for _, _, what in seen] == ["without SPELL"] * 6 + ["with SPELL"] * 6
+    assert seen == [(i + 1, 12, "without SPELL" if i < 6 else "with SPELL") for i in range(12)]  # one bar, all the way
     assert session.protect_result() == "2 added."
     assert session.protect_result() == "they are protected already."
     again = []
@@ -51,10 +57,10 @@ def test_what_is_protected_is_kept_away_from(session, monkeypatch):
     assert all(1 <= done <= steps for done, steps, _ in again)
     assert [image.tobytes() for image in made.plain] == [image.tobytes() for image in first.plain]
     for row in made.rows:
-        result = dict(zip(("seed", "id", "without", "with", "decoded", "radius", "result"), row, strict=True))
-        assert float(result["without"]) == 0
+        result = dict(zip(made.columns, row, strict=True))
+        assert float(result["distance without"]) == 0
         assert result["result"] == "refused" or float(result["with"]) >= float(result["radius"]) - 0.005
-    assert float(made.rows[0][5]) == pytest.approx(0.45 * session.space.dim**0.5, abs=0.005)
+        assert float(result["radius"]) == pytest.approx(0.45 * session.space.dim**0.5, abs=0.005)
     assert "2 of 2 without" in made.summary
     names = zipfile.ZipFile(made.archive).namelist()
     assert {"report.html", "report.json", "with/audit.jsonl"} <= set(names)
@@ -86,34 +92,166 @@ def test_uploads(session, tmp_path):
         _uploaded("/etc/hostname")
 
 
-@pytest.fixture
-def page(pipe, monkeypatch, tmp_path):
-    with chromium() as browser:
-        monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-        monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        app = build("emoji", "cpu").queue()
+def test_the_library_s_presets_are_taken_unless_others_are_asked_for(session):
+    quick = replace(SETTINGS, radius=None, steps=2)
+    first = session.generate(replace(quick, apart=True), nothing)
+    assert session.desk.last.radius == pytest.approx(session.l2(job_of(False)["radius"]))
+    assert [row[0] for row in first.rows] == [3, 4]
+    assert "nearest protected" not in first.columns  # an empty column is left out
+    session.protect_result()
+    session.generate(replace(quick, n=1), nothing)
+    spell = session.desk.last.spell
+    assert {name: getattr(spell, name) for name in PROTECTION} == PROTECTION
+    session.generate(replace(quick, n=1, overcompensation=1.5, release=0.6), nothing)
+    spell = session.desk.last.spell
+    assert (spell.overcompensation, spell.release) == (1.5, 0.6)
+
+
+def test_what_the_copy_tier_and_the_release_did_is_said(session):
+    one = replace(SETTINGS, n=1, radius=0.25)
+    session.generate(replace(one, remember=True), nothing)
+    session.protect_result()
+    made = session.generate(one, nothing)
+    assert "Changed copies, by the descriptor: **1 of 1 without SPELL, 0 with**" in made.summary
+    assert "Guidance let go for 1 image" in made.summary
+    result = dict(zip(made.columns, made.rows[0], strict=True))
+    assert (result["similarity without"], result["result"]) == ("1.00", "outside")
+    assert "it came too close to red heart, seed 3" in result["what happened"]
+    session.find_copies_from(None)
+    made = session.generate(replace(one, release=1), nothing)
+    assert "copies" not in made.summary
+    assert "Guidance let go" not in made.summary
+    session.clear()
+    with pytest.raises(ValueError, match="several images of a prompt"):
+        session.generate(replace(one, apart=True), nothing)
+
+
+def test_several_prompts_and_the_pictures_of_the_session(session):
+    made = session.generate(replace(SETTINGS, prompt=" owl \n\npizza\nowl", n=1, steps=2, remember=True), nothing)
+    assert made.names == ["owl, seed 3", "pizza, seed 3"]
+    assert made.columns[:2] == ["prompt", "seed"]
+    assert made.table.count("<tr>") == 3
+    assert "<td>&lt;b&gt;</td>" in replace(made, rows=[["<b>"]]).table
+    session.generate(replace(SETTINGS, n=1, steps=2, remember=True), nothing)
+    assert [name for _, name in session.made][:3] == [
+        "red heart, seed 3, without SPELL",
+        "red heart, seed 3, with SPELL",
+        "owl, seed 3, without SPELL",
+    ]
+    with pytest.raises(ValueError, match="there is no prompt"):
+        session.generate(replace(SETTINGS, prompt=" \n"), nothing)
+    with pytest.raises(ValueError, match=f"{MOST_PROMPTS} are the most"):
+        session.generate(replace(SETTINGS, prompt="\n".join(map(str, range(9)))), nothing)
+
+
+@pytest.fixture(scope="module")
+def hearts(pipe, tmp_path_factory):
+    """A protected set of one picture that the model makes."""
+    space, folder = LatentSpace.of(pipe), tmp_path_factory.mktemp("sets") / "hearts"
+    latents = generate(pipe, ["red heart"], [0], steps=4, guidance_scale=3.0, progress=False).latents
+    ProtectedSet.create(folder, space).add(latents, ["heart"], 11.0)
+    return folder
+
+
+def test_a_set_of_the_server_counts_beside_the_visitor_s_own(session, hearts, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    session.protect_files([str(tmp_path / "red.png")])
+    settings = Settings("red heart", n=1, steps=4, radius=0.243, apart=False, remember=False)
+    made = session.generate(settings, nothing, [hearts])
+    assert "1 of 1 without SPELL, 0 with" in made.summary
+    assert session.desk.last.rows[0].protected is None  # its pictures are not the visitor's
+    assert len(session.desk.last.certificates[0].others) == 1
+
+
+def test_only_what_is_offered_can_be_chosen(pipe, session, hearts, tmp_path):
+    choices = Choices(["emoji"], [hearts], "cpu")
+    with pytest.raises(ValueError, match="does not offer that model"):
+        choices.open("sdxl")
+    with pytest.raises(ValueError, match="does not offer that protected set"):
+        choices.paths(["../hearts"])
+    assert choices.describe(["hearts"]).startswith("**hearts**: 1 images, no descriptor")
+    assert choices.radius(["hearts"]) == 11.0
+    ProtectedSet.create(tmp_path / "hearts", LatentSpace.of(pipe))
+    with pytest.raises(ValueError, match="same name"):
+        Choices(["emoji"], [hearts, tmp_path / "hearts"], "cpu")
+    with pytest.raises(ValueError, match="is empty"):
+        Choices(["emoji"], [tmp_path / "hearts"], "cpu")
+
+
+def test_each_model_has_its_own_pictures(pipe, session, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    session.protect_files([str(tmp_path / "red.png")])
+    session.use(pipe, "another", {})
+    assert (len(session.protected), session.pictures) == (0, [])
+    session.use(pipe, "emoji", {})
+    assert [name for _, name in session.pictures] == ["red"]
+
+
+# In a browser ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def studio(pipe, hearts, tmp_path_factory):
+    """A browser, and the address of a studio with two models and a set."""
+    with chromium() as browser, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        app = build(["emoji", str(EMOJI)], "cpu", [hearts]).queue()
         _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
-        page = browser.new_page(viewport={"width": 1280, "height": 1400})
-        page.set_default_timeout(120_000)
-        page.goto(url)
-        yield page
+        yield browser, url
         app.close()
 
 
-def test_generate_protect_generate_again_in_a_browser(page, tmp_path):
+@pytest.fixture
+def visit(studio):
+    """Open the page as a new visitor: visit(width) -> page and playwright's expect."""
     expect = pytest.importorskip("playwright.sync_api").expect
-    expect.set_options(timeout=120_000)
-    page.get_by_label("number input for Steps").fill("6")
-    page.get_by_label("number input for Images").fill("2")
-    page.get_by_label("number input for Overcompensation λ").fill("2")
-    expect(page.locator("#effect")).to_contain_text("2 times the way")
-    page.get_by_label("number input for Overcompensation λ").fill("1.6")
+    expect.set_options(timeout=60_000)
+    browser, url = studio
+    pages = []
+
+    def opened(width=1280, **options):
+        page = browser.new_page(viewport={"width": width, "height": 1000}, **options)
+        page.set_default_timeout(60_000)
+        page.goto(url)
+        page.get_by_label("number input for Steps").fill("4")
+        page.get_by_label("number input for Images of each prompt").fill("2")
+        pages.append(page)
+        return page, expect
+
+    yield opened
+    for page in pages:
+        page.close()
+
+
+def generated(page):
     page.get_by_role("button", name="Generate", exact=True).click()
+
+
+def value(page, label):
+    return page.get_by_label(f"number input for {label}")
+
+
+def test_generate_protect_generate_again_in_a_browser(visit, tmp_path):
+    page, expect = visit()
+    for hidden in ("#table", "#shelf", "#compare", "#made"):
+        expect(page.locator(hidden)).not_to_be_visible()  # nothing empty is shown
+    value(page, "Overcompensation λ").fill("2")
+    expect(page.locator("#effect")).to_contain_text("2 times the way")
+    generated(page)
+    page.locator(".progress-text").first.wait_for()
+    assert page.locator(".progress-text").count() == 1
     expect(page.locator("#summary")).to_contain_text("apart without")
     page.get_by_role("button", name="Protect the images made without SPELL").click()
-    expect(page.locator("#status")).to_contain_text("2 protected.")
-    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator("#status")).to_contain_text("2 of your pictures protected.")
+    expect(value(page, "Overcompensation λ")).to_have_value(f"{PROTECTION['overcompensation']:g}")
+    for image in page.locator("#shelf .grid-wrap img").all():
+        box, frame = image.bounding_box(), page.locator("#shelf").bounding_box()
+        assert box["y"] + box["height"] <= frame["y"] + frame["height"] + 1  # whole
+    generated(page)
     expect(page.locator("#summary")).to_contain_text("2 of 2 without SPELL, 0 with")
+    expect(page.locator("#summary")).to_contain_text("Changed copies, by the descriptor: 2 of 2 without SPELL, 0 with")
+    expect(page.locator("#summary")).to_contain_text("Guidance let go for 2 images")
     expect(page.locator("#table")).to_contain_text("outside")
     if SCREENSHOT:
         page.screenshot(path=SCREENSHOT, full_page=True)
@@ -122,3 +260,33 @@ def test_generate_protect_generate_again_in_a_browser(page, tmp_path):
     expect(page.locator("#status")).to_contain_text("broken.png is not a picture that can be read")
     page.get_by_role("button", name="Forget earlier runs").click()
     expect(page.locator("#memory")).to_contain_text("No earlier images")
+
+
+def test_a_model_and_a_set_are_chosen_in_a_browser(visit):
+    page, expect = visit()
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name=str(EMOJI)).click()
+    page.get_by_label("Protected sets").click()
+    page.get_by_role("option", name="hearts").click()
+    expect(page.locator("#about")).to_contain_text("hearts: 1 images, no descriptor")
+    expect(value(page, "Radius, per √dim")).to_have_value("0.243")
+    value(page, "Steps").fill("4")
+    generated(page)
+    expect(page.locator("#summary")).to_contain_text("without SPELL, 0 with")
+    expect(page.locator("#table")).to_contain_text("heart")
+
+
+def test_several_prompts_on_a_phone(visit):
+    page, expect = visit(390, color_scheme="dark", has_touch=True)
+    value(page, "Images of each prompt").fill("1")
+    page.get_by_label("Prompts, one a line").fill("owl\npizza")
+    generated(page)
+    expect(page.locator("#table")).to_contain_text("pizza")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    tops = [page.locator(name).bounding_box()["y"] for name in ("#ask", "#results", "#settings")]
+    assert tops == sorted(tops)  # what was made follows the button
+    page.get_by_role("button", name="All pictures of this session").click()
+    expect(page.locator("#made .grid-wrap img")).to_have_count(4)
+    page.get_by_label("Prompts, one a line").fill("")
+    generated(page)
+    expect(page.get_by_text("There is no prompt; write what the images shall show.")).to_be_visible()

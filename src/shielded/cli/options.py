@@ -76,6 +76,15 @@ Model = Annotated[
         metavar="MODEL", help="Preset name, pipeline folder, or owner/name.", callback=unless_completing(_known)
     ),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="As for generate; may be repeated, and the page offers a choice.",
+        callback=unless_completing(lambda names: names and [_known(name) for name in names]),
+    ),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Offset added to all seeds.", callback=unless_completing(_seed))]
 Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Number of sampling steps.")]

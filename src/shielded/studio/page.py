@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from shielded.latent_space import LatentSpace
-from shielded.models import DEFAULT_MODEL, guidance_call, load, preset_of
+from shielded.models import DEFAULT_MODEL
 from shielded.runs.report import trace_plot
+from shielded.studio.choices import Choices
 from shielded.studio.limits import OwnHostOnly, Server
-from shielded.studio.session import COLUMNS, Result, Session, Settings
+from shielded.studio.request import MOST_PROMPTS, Settings, job_of
+from shielded.studio.session import Session, copy_descriptor
+from shielded.studio.shown import Result
 
 _LOG = logging.getLogger(__name__)
 _EXPLAIN = (
@@ -29,7 +32,20 @@ _EXPLAIN = (
     "resemble each other."
 )
 _CSS = """
-.pictures .grid-wrap {min-height: 0; max-height: none}
+.pictures .grid-wrap {min-height: 0; max-height: none; height: auto; padding-top: 2rem; overflow: visible}
+.pictures .grid-container {grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)) !important}
+.pictures .thumbnail-item {aspect-ratio: auto; height: auto; min-width: 0}
+.pictures .thumbnail-item img {object-fit: contain; height: auto}
+.pictures .caption-label {position: static; display: block; max-width: 100%; white-space: normal; border: 0}
+#bench {display: grid; grid-template: "ask results" auto "settings results" 1fr / minmax(0, 24rem) minmax(0, 1fr)}
+#ask {grid-area: ask} #settings {grid-area: settings} #results {grid-area: results}
+#bench > * {min-width: 0 !important; width: 100%}
+@media (max-width: 56rem) {#bench {grid-template: "ask" auto "results" auto "settings" auto / minmax(0, 1fr)}}
+#table {overflow-x: auto}
+#table table {width: 100%; border-collapse: collapse; font-size: .875rem}
+#table :is(th, td) {padding: .375rem .625rem; text-align: left; vertical-align: top}
+#table tr + tr, #table tbody tr {border-top: 1px solid var(--border-color-primary)}
+#table td:last-child {min-width: 18rem}
 .trace svg {width: 100%; overflow: visible; font: 12px sans-serif}
 .trace svg text {fill: currentColor}
 .trace .band {fill: #5b8def; opacity: .25; stroke: none}
@@ -40,141 +56,218 @@ _CSS = """
 LAUNCH = {"css": _CSS, "max_file_size": "20mb", "share": False, "footer_links": ["api"]}
 
 
-def build(model: str = DEFAULT_MODEL, device: str | None = None) -> gr.Blocks:
+def build(
+    models: str | Sequence[str] = DEFAULT_MODEL, device: str | None = None, sets: Sequence[Path] = ()
+) -> gr.Blocks:
     """Build the page.
 
     Args:
-        model: argument of `shielded.models.load`; loaded once, for all visitors.
-        device: device of the model.
+        models: names, as `shielded.models.load` takes them; visitors choose among them.
+        device: device of the models.
+        sets: folders of protected sets that visitors may keep away from.
+
+    Raises:
+        RequestError: a set is empty, or two have the same name.
+        FileNotFoundError: there is no set at a path.
     """
-    pipe = load(model, device)
-    preset = preset_of(model)
-    options = guidance_call(pipe, model)
-    space = LatentSpace.of(pipe)
-    running = threading.Lock()  # one model, one sampling at a time
+    choices = Choices([models] if isinstance(models, str) else models, sets, device)
+    first = choices.open(choices.models[0])
+    first_space = LatentSpace.of(first.pipe)
+    running = threading.Lock()  # one sampling at a time
     server = Server()
+    threshold = copy_descriptor().threshold or 1.0
 
     def opened(session: Session | None) -> Session:
         try:
-            return session or Session(pipe, model, options, server)
+            return session or Session(first.pipe, first.name, first.options, server)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            raise _refusal(error) from None
 
-    def effect(radius: float, strength: float, end: float) -> str:
+    def effect(session: Session | None, radius: float, strength: float, release: float, end: float) -> str:
+        space = first_space if session is None else session.space
         acts = "to the end" if end == 0 else f"while the noise level is between 1 and {end:g}; later it may come back"
         way = "just to the edge" if strength == 1 else f"{strength:g} times the way to the edge"
+        guided = "Guidance stays" if release == 1 else f"Its guidance is let go down to noise level {release:g}"
         return (
             f"Keeps **{radius * space.dim**0.5:.1f}** (L2 in this model's latent space), {acts}. What comes closer is "
-            f"moved {way} in each step."
+            f"moved {way} in each step. {guided}."
         )
 
-    def protect(session: Session | None, files: list[str] | None) -> tuple[Any, ...]:
+    def presets(session: Session, names: list[str]) -> tuple[Any, ...]:
+        """Values of radius, λ and release: the library's for this job, and the radius of chosen sets."""
+        protect = bool(names) or len(session.protected) > 0
+        job = job_of(protect)
+        given = choices.radius(names)
+        radius = job["radius"] if given is None else round(given / session.space.dim**0.5, 3)
+        return radius, job["overcompensation"], job["release"], choices.describe(names)
+
+    def protect(session: Session | None, names: list[str], files: list[str] | None) -> tuple[Any, ...]:
         session = opened(session)
         paths = [_uploaded(file) for file in files or []]
         try:
-            return _protection(session, lambda: session.protect_files(paths))
+            return *_protection(session, lambda: session.protect_files(paths)), *presets(session, names)
         finally:
             for path in paths:  # the session has what it needs of them
                 Path(path).unlink(missing_ok=True)
 
-    def protect_result(session: Session | None) -> tuple[Any, ...]:
+    def protect_result(session: Session | None, names: list[str]) -> tuple[Any, ...]:
         session = opened(session)
-        return _protection(session, session.protect_result)
+        return *_protection(session, session.protect_result), *presets(session, names)
 
-    def clear(session: Session | None) -> tuple[Any, ...]:
+    def clear(session: Session | None, names: list[str]) -> tuple[Any, ...]:
         session = opened(session)
         session.clear()
-        return _protection(session, lambda: "nothing is protected.")
+        return *_protection(session, lambda: ""), *presets(session, names)
+
+    def choose(session: Session | None, model: str, names: list[str]) -> tuple[Any, ...]:
+        """Go on with another model or other sets."""
+        session = opened(session)
+        try:
+            chosen = choices.open(model)
+            session.use(chosen.pipe, chosen.name, chosen.options)
+            values = presets(session, names)
+        except (ValueError, OSError) as error:
+            raise _refusal(error) from None
+        return *_protection(session, lambda: ""), *values, chosen.preset.steps, _memory(session)
 
     def forget(session: Session | None) -> tuple[Session, str]:
         session = opened(session)
         session.forget()
         return session, _memory(session)
 
-    def run(session: Session | None, *values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+    def run(session: Session | None, names: list[str], copies: float, *values: Any, progress: Any) -> tuple[Any, ...]:
         session = opened(session)
         text, n, seed, steps, *rest = values
         settings = Settings(text, int(n), int(seed), int(steps), *rest)
         progress(0, desc="waiting for the model")
         with running:
             try:
+                session.find_copies_from(copies if copies < 1 else None)
                 result = session.generate(
-                    settings, lambda done, steps, what: progress((done, steps), desc=what, unit="steps")
+                    settings,
+                    lambda done, steps, what: progress((done, steps), desc=what, unit="steps"),
+                    choices.paths(names),
                 )
             except ValueError as error:
-                raise gr.Error(str(error), duration=None, print_exception=False) from None
+                raise _refusal(error) from None
             except Exception as error:  # a traceback in the log could quote the prompt
                 _LOG.error("a run failed: %s", type(error).__name__)
                 raise gr.Error(f"the run failed: {type(error).__name__}", print_exception=False) from None
-        return session, *_shown(result, settings), _memory(session)
+        return session, *_shown(result), session.made, _memory(session)
 
-    gallery = {
-        "columns": 2,
-        "height": "auto",
-        "object_fit": "contain",
-        "interactive": False,
-        "elem_classes": "pictures",
-    }
+    def started(session, names, copies, *values, progress=gr.Progress()):  # noqa: B008
+        return run(session, names, copies, *values, progress=progress)
+
     with gr.Blocks(title="shielded studio", delete_cache=(3600, 86400)) as page:
         session = gr.State(None, time_to_live=86400, delete_callback=lambda s: s and s.close())
         gr.Markdown(f"# shielded studio\n{_EXPLAIN}")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=320):
-                prompt = gr.Textbox(label="Prompt", value=preset.prompt, autofocus=True)
+        with gr.Row(elem_id="bench"):
+            with gr.Column(elem_id="ask"):
+                prompt = gr.Textbox(
+                    label=f"Prompts, one a line (at most {MOST_PROMPTS})",
+                    value=first.preset.prompt,
+                    lines=2,
+                    autofocus=True,
+                )
+                go = gr.Button("Generate", variant="primary")
+            with gr.Column(elem_id="settings"):
                 with gr.Row():
-                    n = gr.Slider(1, 16, 4, step=1, label="Images")
+                    n = gr.Slider(1, 16, 4, step=1, label="Images of each prompt")
                     seed = gr.Number(0, precision=0, label="Seed", minimum=0)
+                model = gr.Dropdown(choices.models, value=first.name, label="Model", visible=len(choices.models) > 1)
                 with gr.Accordion("Keep away from", open=True):
+                    chosen = gr.Dropdown(
+                        list(choices.sets),
+                        value=[],
+                        multiselect=True,
+                        label="Protected sets",
+                        visible=bool(choices.sets),
+                    )
+                    about = gr.Markdown(elem_id="about")
                     files = gr.File(
                         label="Pictures to protect", file_count="multiple", file_types=["image"], height=120
                     )
-                    shelf = gr.Gallery(
-                        label="Protected", columns=4, height=160, object_fit="contain", interactive=False
-                    )
+                    shelf = gr.Gallery(label="Protected", **_gallery(4), visible=False, elem_id="shelf")
                     status = gr.Markdown("Nothing is protected.", elem_id="status")
                     with gr.Row():
                         protect_made = gr.Button("Protect the images made without SPELL", size="sm")
                         clear_set = gr.Button("Protect nothing", size="sm")
+                    copies = gr.Slider(
+                        0.5, 1, threshold, step=0.001, label="Your pictures: copy from this similarity (1: never)"
+                    )
                     apart = gr.Checkbox(True, label="The other images of the run")
                     remember = gr.Checkbox(True, label="The images of earlier runs")
                     memory = gr.Markdown("No earlier images.", elem_id="memory")
                     forget_all = gr.Button("Forget earlier runs", size="sm")
                 with gr.Accordion("How", open=True):
-                    radius = gr.Slider(0.1, 1.2, 0.25, step=0.01, label="Radius, per √dim")
-                    strength = gr.Slider(1.0, 2.5, 1.6, step=0.1, label="Overcompensation λ")
+                    job = job_of(protect=False)
+                    radius = gr.Slider(0.1, 1.2, job["radius"], step=0.001, label="Radius, per √dim")
+                    strength = gr.Slider(1.0, 4.0, job["overcompensation"], step=0.1, label="Overcompensation λ")
+                    release = gr.Slider(
+                        0.0, 1.0, job["release"], step=0.05, label="Let guidance go down to noise level (1: never)"
+                    )
                     end = gr.Slider(0.0, 0.9, 0.0, step=0.05, label="Act until noise level (0: to the end)")
-                    effect_text = gr.Markdown(effect(0.25, 1.6, 0.0), elem_id="effect")
-                    steps = gr.Slider(4, 60, preset.steps, step=1, label="Steps")
-            with gr.Column(scale=2, min_width=320):
-                go = gr.Button("Generate", variant="primary")
-                summary = gr.Markdown(elem_id="summary")
+                    effect_text = gr.Markdown(
+                        effect(None, job["radius"], job["overcompensation"], job["release"], 0.0), elem_id="effect"
+                    )
+                    steps = gr.Slider(1, 60, first.preset.steps, step=1, label="Steps")
+            with gr.Column(elem_id="results"):
+                summary = gr.Markdown("What you generate is shown here.", elem_id="summary")
+                compare = gr.ImageSlider(
+                    label="Without SPELL | with SPELL",
+                    visible=False,
+                    interactive=False,
+                    max_height=420,
+                    elem_id="compare",
+                )
                 with gr.Row():
-                    without = gr.Gallery(label="Without SPELL", **gallery)
-                    with_ = gr.Gallery(label="With SPELL", **gallery)
-                table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Distances", elem_id="table")
-                plot = gr.HTML(elem_classes="trace")
-                archive = gr.File(label="Images, certificates and report", interactive=False)
-        protected = [session, shelf, status, files]
-        files.upload(protect, [session, files], protected)
-        protect_made.click(protect_result, session, protected)
-        clear_set.click(clear, session, protected)
-        forget_all.click(forget, session, [session, memory])
-        for slider in (radius, strength, end):
-            slider.change(effect, [radius, strength, end], effect_text, show_progress="hidden")
-        inputs = [session, prompt, n, seed, steps, radius, strength, end, apart, remember]
-        outputs = [session, summary, without, with_, table, plot, archive, memory]
-        gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)
+                    without = gr.Gallery(label="Without SPELL", **_gallery(4), allow_preview=False, visible=False)
+                    with_ = gr.Gallery(label="With SPELL", **_gallery(4), allow_preview=False, visible=False)
+                table = gr.HTML(elem_id="table", visible=False)
+                archive = gr.File(label="Images, certificates and report", interactive=False, visible=False)
+                with gr.Accordion("While sampling", open=False, visible=False) as sampling:
+                    plot = gr.HTML(elem_classes="trace")
+                with gr.Accordion("All pictures of this session", open=False, visible=False) as album:
+                    made = gr.Gallery(label="Newest first", **_gallery(6), elem_id="made")
+        protected = [session, shelf, status, files, radius, strength, release, about]
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        files.upload(protect, [session, chosen, files], protected, show_progress_on=status)
+        protect_made.click(protect_result, [session, chosen], protected, show_progress_on=status)
+        clear_set.click(clear, [session, chosen], protected, **quiet)
+        gr.on(
+            [model.input, chosen.input],
+            choose,
+            [session, model, chosen],
+            [*protected, steps, memory],
+            show_progress_on=status,
+            trigger_mode="always_last",
+        )
+        forget_all.click(forget, session, [session, memory], **quiet)
+        for slider in (radius, strength, release, end):
+            slider.change(effect, [session, radius, strength, release, end], effect_text, **quiet)
+        inputs = [session, chosen, copies, prompt, n, seed, steps, radius, strength, release, end, apart, remember]
+        outputs = [session, summary, compare, without, with_, table, archive, sampling, plot, album, made, memory]
+        go.click(started, inputs, outputs, concurrency_limit=1, show_progress_on=summary)
+        for gallery in (without, with_):
+            gallery.select(_pair, [without, with_], compare, **quiet)
     return page
 
 
-def serve(model: str = DEFAULT_MODEL, port: int = 7860, host: str = "127.0.0.1", device: str | None = None) -> None:
+def serve(
+    models: str | Sequence[str] = DEFAULT_MODEL,
+    port: int = 7860,
+    host: str = "127.0.0.1",
+    device: str | None = None,
+    sets: Sequence[Path] = (),
+) -> None:
     """Serve the page until interrupted, also by SIGTERM; uploads are deleted then.
 
     Args:
-        model: argument of `shielded.models.load`.
+        models: names, as `shielded.models.load` takes them; visitors choose among them.
         port: port of the page.
         host: address to listen on; 127.0.0.1 is this machine alone.
-        device: device of the model.
+        device: device of the models.
+        sets: folders of protected sets that visitors may keep away from.
     """
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # warnings about long prompts quote them
@@ -183,7 +276,7 @@ def serve(model: str = DEFAULT_MODEL, port: int = 7860, host: str = "127.0.0.1",
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
         guard = Middleware(OwnHostOnly, host=host, port=port, uploads=Path(folder) / "uploads")  # pyright: ignore[reportArgumentType]
         try:
-            page = build(model, device).queue()
+            page = build(models, device, sets).queue()
             page.launch(server_name=host, server_port=port, app_kwargs={"middleware": [guard]}, **LAUNCH)
         finally:
             tempfile.tempdir = before
@@ -211,7 +304,12 @@ def _uploaded(file: str) -> str:
     return str(path)
 
 
-def _protection(session: Session, action: Any) -> tuple[Any, ...]:
+def _refusal(error: Exception) -> gr.Error:
+    text = str(error)
+    return gr.Error(f"{text[:1].upper()}{text[1:]}", duration=None, print_exception=False)
+
+
+def _protection(session: Session, action: Callable[[], str]) -> tuple[Any, ...]:
     """Run an action and return the protected pictures with its message; errors are shown next to the pictures."""
     try:
         message = action()
@@ -219,8 +317,9 @@ def _protection(session: Session, action: Any) -> tuple[Any, ...]:
         gr.Warning(str(error), duration=10)
         message = f"⚠ {error}"
     count = len(session.protected)
-    status = f"{count} protected. {message[:1].upper()}{message[1:]}" if count else f"Nothing is protected. {message}"
-    return session, session.pictures, status, None
+    status = f"{count} of your pictures protected." if count else "None of your pictures is protected."
+    shelf = gr.Gallery(value=session.pictures, visible=bool(count))
+    return session, shelf, f"{status} {message[:1].upper()}{message[1:]}".strip(), None
 
 
 def _memory(session: Session) -> str:
@@ -228,14 +327,38 @@ def _memory(session: Session) -> str:
     return f"{count} earlier images are remembered." if count else "No earlier images."
 
 
-def _shown(result: Result, settings: Settings) -> tuple[Any, ...]:
-    names = [f"seed {settings.seed + i}" for i in range(settings.n)]
-    kept = [(image, name) for image, name in zip(result.shielded, names, strict=True) if image is not None]
+def _gallery(columns: int) -> dict[str, Any]:
+    """Options of a gallery that shows its pictures whole."""
+    return {
+        "columns": columns,
+        "height": "auto",
+        "object_fit": "contain",
+        "interactive": False,
+        "elem_classes": "pictures",
+    }
+
+
+def _shown(result: Result) -> tuple[Any, ...]:
+    kept = [(image, name) for image, name in zip(result.shielded, result.names, strict=True) if image is not None]
+    several = len(result.plain) > 1
+    first = (result.plain[0], result.shielded[0] or result.plain[0])
+    plot = trace_plot(result.trace)
     return (
         result.summary,
-        list(zip(result.plain, names, strict=True)),
-        kept,
-        result.rows,
-        trace_plot(result.trace),
-        str(result.archive),
+        gr.ImageSlider(value=first, visible=True),
+        gr.Gallery(value=list(zip(result.plain, result.names, strict=True)), visible=several),
+        gr.Gallery(value=kept, visible=several and bool(kept)),
+        gr.HTML(value=result.table, visible=True),
+        gr.File(value=str(result.archive), visible=True),
+        gr.Accordion(visible=bool(plot)),
+        plot,
+        gr.Accordion(visible=True),
     )
+
+
+def _pair(before: list[Any], after: list[Any], event: gr.SelectData) -> Any:
+    """Put the pictures of a chosen name into the comparison; a refused one has only its plain picture."""
+    name = event.value["caption"]
+    found = [next((image for image, caption in side or [] if caption == name), None) for side in (before, after)]
+    left, right = found[0] or found[1], found[1] or found[0]
+    return gr.ImageSlider(value=(left, right))

@@ -6,7 +6,8 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,72 +15,60 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from shielded.copies import Descriptor
 from shielded.files import file_sha256, replacing, sha256
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.latent_space.pixels import clip_to_pixels
-from shielded.models import PROTECTION, VARIETY
-from shielded.protected import ProtectedSet
+from shielded.protected import ProtectedSet, open_sets
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import calibration_of, make_pair, spell_arguments
-from shielded.runs.report import Row
 from shielded.runs.results import PairReport
 from shielded.spell import History, Spell
 from shielded.studio.limits import Server, folder_bytes
+from shielded.studio.request import Settings, job_of
+from shielded.studio.shown import Result, result_of
 
 MOST_UPLOADS = 64
 MOST_PIXELS = 50_000_000
 MOST_RUNS_KEPT = 4  # on disk; older ones are deleted
-PREVIEW = 256  # pixels on the longer side of the protected pictures that the page shows
+MOST_MADE = 128  # reduced pictures of the session that the page shows
+PREVIEW = 256  # pixels on the longer side of reduced pictures
 REMEMBERED = 256
 ATTEMPTS = 2
 
 Progress = Callable[[int, int, str], Any]  # steps done, steps in all, what is being done
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Input of the page. `radius` is in units of √dim, so that it means the same for all models."""
-
-    prompt: str
-    n: int = 4
-    seed: int = 0
-    steps: int = 25
-    radius: float = 0.25
-    overcompensation: float = 1.6
-    window_end: float = 0.0
-    apart: bool = True  # whether the images of a run keep the radius from each other
-    remember: bool = True  # and from those of earlier runs
-
-
 @dataclass
-class Result:
-    """With and without SPELL at the same seeds.
+class Desk:
+    """What a visitor has of one model.
 
     Args:
-        plain: images without.
-        shielded: images with; None where one is refused because it lies inside a shield.
-        rows: of the table on the page, one per image.
-        summary: what happened, in a few sentences.
-        trace: trace of the Spell.
-        archive: zip file with the images and their certificates.
+        pipe: the model.
+        model: its name, for certificates.
+        options: passed on to the pipeline, for example guidance_scale.
+        space: of its latents.
+        protected: the visitor's protected images.
+        pictures: reduced protected pictures with their names.
+        history: finished images of earlier runs.
+        last: the last run.
     """
 
-    plain: list[Image.Image]
-    shielded: list[Image.Image | None]
-    rows: list[list[Any]]
-    summary: str
-    trace: list[dict[str, Any]]
-    archive: Path
-
-
-COLUMNS = ["seed", "nearest protected image", "distance without", "distance with", "decoded", "radius", "result"]
+    pipe: Any
+    model: str
+    options: dict[str, Any]
+    space: LatentSpace
+    protected: ProtectedSet
+    pictures: list[tuple[Image.Image, str]] = field(default_factory=list)
+    history: History = field(default_factory=lambda: History(REMEMBERED))
+    last: PairReport | None = None
 
 
 class Session:
     """One visitor's protected images, memory and last result, in a folder that is deleted with the session.
 
     Args:
-        pipe: the model.
+        pipe: the model to begin with.
         model: its name, for certificates.
         options: passed on to the pipeline, for example guidance_scale.
         server: counts what all sessions hold; None: this is the only one.
@@ -91,15 +80,38 @@ class Session:
     def __init__(self, pipe: Any, model: str, options: dict[str, Any], server: Server | None = None) -> None:
         self.usage = (server or Server()).open()
         self._folder = tempfile.TemporaryDirectory(prefix="shielded-")
-        self.pipe = pipe
-        self.model = model
-        self.options = options
-        self.space = LatentSpace.of(pipe)
-        self.history = History(REMEMBERED)
-        self.last: PairReport | None = None
-        self.protected = self._empty_set()
-        self.pictures: list[tuple[Image.Image, str]] = []  # protected pictures with their names
+        self._desks: dict[str, Desk] = {}
         self._runs = 0
+        self.made: list[tuple[Image.Image, str]] = []  # reduced pictures of all runs, the newest first
+        self.use(pipe, model, options)
+
+    def use(self, pipe: Any, model: str, options: dict[str, Any]) -> None:
+        """Go on with a model. Protected images and memory belong to its latent space, and are kept for each model."""
+        if model not in self._desks:
+            folder = Path(self._folder.name) / f"protected-{len(self._desks)}"
+            space = LatentSpace.of(pipe)
+            self._desks[model] = Desk(pipe, model, options, space, _empty_set(folder, space))
+        self.desk = self._desks[model]
+
+    @property
+    def space(self) -> LatentSpace:
+        """Latent space of the model in use."""
+        return self.desk.space
+
+    @property
+    def protected(self) -> ProtectedSet:
+        """The visitor's protected images for the model in use."""
+        return self.desk.protected
+
+    @property
+    def pictures(self) -> list[tuple[Image.Image, str]]:
+        """Reduced protected pictures with their names."""
+        return self.desk.pictures
+
+    @property
+    def history(self) -> History:
+        """Finished images of earlier runs of the model in use."""
+        return self.desk.history
 
     def l2(self, radius: float) -> float:
         """Convert a radius from units of √dim to the L2 distance of this model's latent space."""
@@ -136,33 +148,40 @@ class Session:
             raise ValueError(" ".join(broken))
         if new:
             pixels, images, names, digests = zip(*new, strict=True)
-            self._protect(lambda: self.space.encode(torch.stack(pixels)), images, names, digests)
+            stacked = torch.stack(pixels)
+            self._protect(lambda: (self.space.encode(stacked), self._describe(stacked)), images, names, digests)
         parts = [f"{len(new)} added"]
         parts += [f"{present} already there"] if present else []
         return ", ".join(parts) + "." + "".join(f" {reason}" for reason in broken)
 
     def protect_result(self) -> str:
         """Protect the exact latents of the images that the last run made without SPELL."""
-        if self.last is None:
+        last = self.desk.last
+        if last is None:
             raise ValueError("generate something first; then its images can be protected.")
-        rows, latents = self.last.rows, self.last.plain.latents
+        rows, latents = last.rows, last.plain.latents
         digests = [sha256(row.numpy().tobytes()) for row in latents]
         known = set(self.protected.sha256)
         new = [i for i, digest in enumerate(digests) if digest not in known]
         if new:
             names = [f"{rows[i].prompt}, seed {rows[i].seed}" for i in new]
-            previews = [cast(Image.Image, rows[i].without).copy() for i in new]
-            for preview in previews:
-                preview.thumbnail((PREVIEW, PREVIEW))
-            self._protect(lambda: latents[new], previews, names, [digests[i] for i in new])
+            images = [cast(Image.Image, rows[i].without) for i in new]
+            previews = [_reduced(image) for image in images]
+            self._protect(lambda: (latents[new], self._describe(images)), previews, names, [digests[i] for i in new])
         return f"{len(new)} added." if new else "they are protected already."
 
     def clear(self) -> None:
         """Stop protecting any images."""
-        self.protected = self._empty_set()
-        self.pictures = []
-        self.usage.set("pictures", 0)
+        desk = self.desk
+        desk.protected = _empty_set(desk.protected.path, desk.space)
+        desk.pictures = []
+        self._count_pictures()
         self._count_disk()
+
+    def find_copies_from(self, similarity: float | None) -> None:
+        """Set the similarity from which on a picture counts as a copy of a protected one; None: copies do not count."""
+        if len(self.protected) and self.protected.copy_threshold != similarity:
+            self.protected.set_copy_threshold(similarity)
 
     def forget(self) -> None:
         """Forget the images of earlier runs."""
@@ -175,33 +194,41 @@ class Session:
 
     # Generating ---------------------------------------------------------------------------------------------------
 
-    def generate(self, settings: Settings, report: Progress) -> Result:
+    def generate(self, settings: Settings, report: Progress, sets: Sequence[Path] = ()) -> Result:
         """Generate without and with SPELL at the same seeds.
 
         Args:
             settings: input of the page.
             report: called with (steps done, steps in all, what is being done).
+            sets: folders of protected sets that count beside the visitor's own.
 
         Raises:
-            ValueError: no prompt, or nothing to keep away from.
+            ValueError: no prompt, nothing to keep away from, or a set of another latent space.
         """
-        if not settings.prompt.strip():
-            raise ValueError("there is no prompt; write what the images shall show.")
-        protect = len(self.protected) > 0
-        if not (protect or settings.apart or settings.remember):
+        prompts, desk = settings.prompts, self.desk
+        own = len(self.protected) > 0
+        protect = own or bool(sets)
+        apart = settings.apart and settings.n > 1
+        if not (protect or apart or settings.remember):
             raise ValueError(
-                "there is nothing to keep away from: protect images, or let images keep apart from each other or from "
-                "earlier runs."
+                "there is nothing to keep away from: protect images, or let several images of a prompt keep apart from "
+                "each other or from earlier runs."
             )
-        radius = self.l2(settings.radius)
+        protected = None
+        if protect:
+            protected = open_sets([*([self.protected.path] if own else []), *sets])
+            protected.require_space(self.space)
+        push = job_of(protect)
+        asked = {name: getattr(settings, name) for name in ("radius", "overcompensation", "release")}
+        push |= {name: value for name, value in asked.items() if value is not None}
         spell = Spell(
-            self.protected if protect else None,
-            radius,
-            batch=settings.apart and settings.n > 1,
+            protected,
+            self.l2(push.pop("radius")),
+            batch=apart,
             history=self.history if settings.remember else False,
             window=(1.0, settings.window_end),
-            calibration=calibration_of(self.model) if protect else None,
-            **{**(PROTECTION if protect else VARIETY), "overcompensation": settings.overcompensation},
+            calibration=calibration_of(desk.model) if protect else None,
+            **push,
         )
         # A window that closes early is for variety; images that re-enter a shield then are shown, not repaired.
         on_leak = "restart" if protect and settings.window_end == 0 else "report"
@@ -209,42 +236,42 @@ class Session:
         self._runs += 1
         self._delete_run(self._runs - MOST_RUNS_KEPT)
         folder = RunFolder(Path(self._folder.name) / f"run-{self._runs}")
+        done, steps = 0, 2 * len(prompts) * settings.steps
 
         def step(label: str, pipe: Any, index: int) -> None:
-            if pipe is self.pipe:
-                report(index + 1, settings.steps, label)
+            nonlocal done
+            if pipe is desk.pipe:
+                done = min(done + 1, steps)
+                report(done, steps, label)
             else:  # a restart, with the image-to-image relative of the pipeline
-                report(index + 1, pipe.num_timesteps, f"{label}, images inside a shield once more")
+                report(done, steps, f"{label}, images inside a shield once more")
 
+        seeds = range(settings.seed, settings.seed + settings.n)
         pair = make_pair(
-            self.pipe,
-            [settings.prompt] * settings.n,
-            list(range(settings.seed, settings.seed + settings.n)),
+            desk.pipe,
+            [prompt for prompt in prompts for _ in seeds],
+            [seed for _ in prompts for seed in seeds],
             spell,
-            model=self.model,
-            options={"steps": settings.steps, **self.options},
+            model=desk.model,
+            options={"steps": settings.steps, **desk.options},
             on_leak=on_leak,
             attempts=ATTEMPTS,
             folder=folder,
             batch_size=settings.n,  # images keep apart within a batch
+            one_prompt=len(prompts) > 1,
             on_step=step,
+            show_protected=protect and not sets,  # the pictures of other sets are not the visitor's
         )
-        pair = self.last = cast(PairReport, pair)  # one process
+        pair = desk.last = cast(PairReport, pair)  # one process
         folder.finish(pair, spell_arguments(spell))
-        return Result(
-            [row.without for row in pair.rows if row.without is not None],
-            [row.with_ for row in pair.rows],
-            [_table_row(row) for row in pair.rows],
-            _summary(pair),
-            spell.trace,
-            _archive(folder.path, folder.path.with_suffix(".zip")),
-        )
+        self._keep(pair)
+        return result_of(pair, _archive(folder.path, folder.path.with_suffix(".zip")))
 
     # Parts --------------------------------------------------------------------------------------------------------
 
     def _protect(
         self,
-        latents: Callable[[], Tensor],
+        latents: Callable[[], tuple[Tensor, Tensor]],
         images: Sequence[Image.Image],
         names: Sequence[str],
         digests: Sequence[str],
@@ -257,7 +284,22 @@ class Session:
             taken.add(unique)
             ids.append(unique)
         self.protected.add(latents(), ids, sha256=digests)
-        self.pictures += zip(images, ids, strict=True)
+        self.pictures.extend(zip(images, ids, strict=True))
+
+    def _describe(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        return self.protected.describe(images)
+
+    def _keep(self, pair: PairReport) -> None:
+        """Put reduced pictures of a run in front of those of earlier ones."""
+        new = []
+        for row in pair.rows:
+            for label, image in (("without SPELL", row.without), ("with SPELL", row.with_)):
+                if image is not None:
+                    new.append((_reduced(image), f"{row.prompt}, seed {row.seed}, {label}"))
+        self.made = [*new, *self.made][:MOST_MADE]
+
+    def _count_pictures(self) -> None:
+        self.usage.set("pictures", sum(len(desk.pictures) for desk in self._desks.values()))
 
     @property
     def _image_size(self) -> tuple[int, int]:
@@ -271,9 +313,6 @@ class Session:
         folder = Path(self._folder.name) / f"run-{number}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_suffix(".zip").unlink(missing_ok=True)
-
-    def _empty_set(self) -> ProtectedSet:
-        return ProtectedSet.create(Path(self._folder.name) / "protected", self.space, torch.float32, overwrite=True)
 
 
 def open_picture(path: Path, count: Callable[[int], None] = lambda pixels: None) -> Image.Image:
@@ -301,49 +340,20 @@ def open_picture(path: Path, count: Callable[[int], None] = lambda pixels: None)
         raise ValueError(f"{path.name} is not a picture that can be read.") from None
 
 
-def _table_row(row: Row) -> list[Any]:
-    """List what `COLUMNS` names, read from the certificates of a row."""
-    before, after = row.certificate_without, row.certificate_with
-    shown = after or before
-    verdict = "" if after is None else "inside" if after.inside else "outside"
-    return [
-        row.seed,
-        "" if shown is None else shown.nearest_id,
-        _rounded(row.distance_without),
-        _rounded(row.distance_with),
-        _rounded(None if after is None else after.decoded_distance),
-        _rounded(None if shown is None else shown.radius),
-        "refused" if row.refused else verdict,
-    ]
+@cache
+def copy_descriptor() -> Descriptor:
+    """Load the descriptor that comes along; the sets of all sessions share it."""
+    return Descriptor.load()
 
 
-def _rounded(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _empty_set(folder: Path, space: LatentSpace) -> ProtectedSet:
+    return ProtectedSet.create(folder, space, torch.float32, overwrite=True, descriptor=copy_descriptor())
 
 
-def _summary(pair: PairReport) -> str:
-    lines = []
-    if pair.leaks_without is not None:
-        lines.append(
-            f"Closer than the radius to a protected image: **{pair.leaks_without} of {len(pair.rows)} without SPELL, "
-            f"{pair.leaks_with} with**."
-        )
-    if pair.unresolved:
-        lines.append(f"{len(pair.unresolved)} are still inside a shield or closer than the radius to another image.")
-    if pair.refused:
-        lines.append(f"{len(pair.refused)} could not be brought outside and are refused: they are not shown.")
-    before, after = pair.plain.min_pair_distance, pair.with_.min_pair_distance
-    if before is not None and after is not None:
-        lines.append(f"The two images that are most alike: {before:.1f} apart without, {after:.1f} with.")
-    trace = pair.spell.trace
-    if pair.corrected:
-        steps = len({(row["run"], row["step"]) for row in trace if row["push"] > 0})
-        lines.append(
-            f"{pair.corrected} images were pushed, in {steps} of {max(row['step'] for row in trace) + 1} steps."
-        )
-    else:
-        lines.append("No image came closer than the radius to anything, so nothing was changed; a larger radius acts.")
-    return "\n\n".join(lines)
+def _reduced(image: Image.Image) -> Image.Image:
+    small = image.copy()
+    small.thumbnail((PREVIEW, PREVIEW))
+    return small
 
 
 def _archive(folder: Path, path: Path) -> Path:
