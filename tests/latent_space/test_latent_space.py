@@ -371,7 +371,7 @@ def test_encode_refuses_other_input():
     for wrong in (255.0, -1.5, float("nan")):
         with pytest.raises(ValueError, match=r"\[-1, 1\]"):
             space.encode(torch.full((1, 3, 16, 16), wrong))
-    for wrong in (pictures(1)[0], ["a.png"], 3):
+    for wrong in (pictures(1)[0], [None], 3):
         with pytest.raises(TypeError, match="list of PIL images"):
             space.encode(wrong)
     with pytest.warns(UserWarning, match=r"\[0, 1\]"):

@@ -463,7 +463,7 @@ def test_the_set_keeps_no_view_of_the_callers_tensor(filled):
         ({"latents": torch.zeros(2, 3, 2, 4)}, ValueError, "latents must have the shape"),
         ({"latents": torch.zeros(3, *SHAPE)}, ValueError, "3 latents need as many ids; got 2"),
         ({"latents": torch.zeros(2, *SHAPE, dtype=torch.int64)}, TypeError, "float tensor; got torch.int64"),
-        ({"latents": np.zeros((2, *SHAPE))}, TypeError, "float tensor"),
+        ({"latents": np.zeros((2, *SHAPE), int)}, TypeError, "float tensor"),
         ({"latents": torch.full((2, *SHAPE), float("nan"))}, ValueError, "not finite"),
         ({"latents": torch.full((2, *SHAPE), 1e39, dtype=torch.float64)}, ValueError, "not finite in torch.float32"),
         ({"ids": ["new", "image 3"]}, ValueError, "in the set already: 'image 3'"),

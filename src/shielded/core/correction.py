@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shielded.core.directions import COINCIDENT, push_direction
 from shielded.core.distances import PRECISION, block_elements, column_blocks, distances_of, squared_distances
+from shielded.core.inputs import float_tensor
 from shielded.core.projection import smallest_move, stays_inside, way_out
 from shielded.core.references import Hits, References, TensorReferences, deepest, merge, rank_within_query, unknown
 from shielded.core.straight import entered, go_straight
@@ -395,6 +396,7 @@ def repellency(
         (B, *S) of x0's dtype, exactly zero in rows outside all shields.
 
     Raises:
+        TypeError: x0 or the references are no floating-point numbers.
         ValueError: shapes that do not fit, a radius that is not positive, NaN or infinity in x0 (as float32), the
             references or the noise, or, with "project", rows that stay inside a shield, because x0 is so large
             that float32 rounds x0 + Δ by more than the radius.
@@ -404,11 +406,10 @@ def repellency(
         >>> repellency(x0, z, radius=10.0)  # at distance 5, pushed by 5
         tensor([[3., 4.]])
     """
+    x0, references = float_tensor(x0, "x0"), float_tensor(references, "references")
     if x0.dim() < 2 or references.shape[1:] != x0.shape[1:]:
-        raise ValueError(
-            f"x0 (B, *S) has shape {tuple(x0.shape)} and references (K, *S) {tuple(references.shape)}: "
-            "all but the first axis must be the same."
-        )
+        shapes = f"x0 (B, *S) has shape {tuple(x0.shape)} and references (K, *S) {tuple(references.shape)}"
+        raise ValueError(f"{shapes}: all but the first axis must be the same.")
     radius = check_radius(radius, len(references))
     if overlap not in ("sum", "project"):
         raise ValueError(f"overlap={overlap!r} is not known; use 'sum' or 'project'.")

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from shielded.core.inputs import float_tensor
+
 _MAX_ROWS_PER_BLOCK = 1024  # of a distance matrix
 _MAX_DRAWN = 1 << 22  # numbers that the bootstrap draws at once
 _MIN_EIGENVALUE_SHARE = 1e-12  # of the sum; smaller eigenvalues are rounding noise
 
 
 def _checked(features: Tensor, name: str, at_least: int = 1) -> Tensor:
+    features = float_tensor(features, name)
     if features.ndim != 2:
         raise ValueError(f"{name} must have shape (n, d), got {tuple(features.shape)}: flatten each image to one row.")
     if len(features) < at_least:

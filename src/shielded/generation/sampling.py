@@ -7,7 +7,7 @@ import inspect
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol, cast
 
@@ -118,6 +118,7 @@ def generate(
         RequestError: the pipeline does not take an option, a prompt or a class.
         TypeError: couple, and the pipeline does not draw one noise per image; a pipeline that cannot be called.
     """
+    prompts, seeds = _listed(prompts, "prompts"), [int(seed) for seed in _listed(seeds, "seeds")]
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt.")
     check_on_leak(on_leak, attempts, spell)
@@ -181,6 +182,13 @@ def generate(
                 finished(made)
     set_progress(pipe, disable=True)
     return Generated.joined(parts)
+
+
+def _listed(given: Any, name: str) -> list[Any]:
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a list, one per image, not {type(given).__name__}.")
+    return list(given)
 
 
 def _space_of(pipe: Any, spell: Spell | None, options: dict[str, Any]) -> LatentSpace:

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,13 +139,36 @@ def check_pixels(pixels: Tensor, size: tuple[int, int], num_frames: int | None =
     return still(pixels, num_frames) if num_frames is not None and pixels.ndim == 4 else pixels
 
 
+def _from_bytes(arrays: Any) -> list[Image.Image]:
+    """Read arrays (height, width[, 1 or 3]) of bytes as images.
+
+    Raises:
+        TypeError: other numbers or shapes.
+    """
+    found = []
+    for array in arrays:
+        array = np.asarray(array)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+            raise TypeError(
+                f"Expected arrays (height, width, 3) of bytes; got {array.dtype} of shape {array.shape}. Other numbers "
+                "go as a float tensor (B, 3, height, width) with values in [-1, 1]."
+            )
+        found.append(Image.fromarray(array.squeeze(2) if array.ndim == 3 and array.shape[2] == 1 else array))
+    return found
+
+
 def check_images(images: Any, num_frames: int | None = None) -> list[Any]:
     """Return the images as a list; for videos, each is an image or num_frames of them.
 
     Raises:
-        TypeError: something else than PIL images.
+        TypeError: something else than PIL images or arrays of bytes.
         ValueError: a video with another number of frames.
     """
+    first = images[0] if isinstance(images, list | tuple | np.ndarray) and len(images) else images
+    if isinstance(first, str | Path):
+        raise TypeError("Pictures are given as paths; `shielded.protected.load_images` reads them.")
+    if isinstance(first, np.ndarray):
+        images = _from_bytes(images)
     clips = "" if num_frames is None else f", videos as lists of {num_frames} of them"
     hint = f"Expected a list of PIL images{clips} or a float tensor with values in [-1, 1]"
     if isinstance(images, Image.Image) or not hasattr(images, "__iter__"):
@@ -152,9 +176,9 @@ def check_images(images: Any, num_frames: int | None = None) -> list[Any]:
     images = list(images)
     for item in images:
         frames = list(item) if num_frames is not None and isinstance(item, Sequence) else [item]
-        wrong = next((frame for frame in frames if not isinstance(frame, Image.Image)), None)
-        if wrong is not None:
-            raise TypeError(f"{hint}; got a list with {type(wrong).__name__}.")
+        wrong = [frame for frame in frames if not isinstance(frame, Image.Image)]
+        if wrong:
+            raise TypeError(f"{hint}; got a list with {type(wrong[0]).__name__}.")
         if num_frames is not None and item is not frames[0] and len(frames) != num_frames:
             raise ValueError(
                 f"A video has {len(frames)} frames, this latent space {num_frames}; choose as many, or pass "

@@ -254,10 +254,10 @@ class LatentSpace:
         """Encode images into the latents that a sampler would have to produce for them.
 
         Args:
-            images: PIL images, which are brought to `image_size` (alpha over white, short side resized, centre cut
-                out), or a float tensor (B, 3, height, width) with values in [-1, 1]. For videos each is a list of
-                `num_frames` images, in a tensor (B, 3, num_frames, height, width); a single image is a video that
-                does not move.
+            images: PIL images, or arrays (height, width, 3) of bytes, which are brought to `image_size` (alpha over
+                white, short side resized, centre cut out), or a float tensor (B, 3, height, width) with values in
+                [-1, 1]. For videos each is a list of `num_frames` images, in a tensor (B, 3, num_frames, height,
+                width); a single image is a video that does not move.
             batch_size: images per call of the encoder.
 
         Returns:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from shielded.copies import Descriptor
+from shielded.core.inputs import float_tensor
 from shielded.latent_space.pixels import require_range
 
 if TYPE_CHECKING:
@@ -149,10 +150,10 @@ class Described:
         space = self._reader.space
         if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
             latents, described = given
-        elif isinstance(given, Sequence):
+        elif isinstance(given, Sequence) and not isinstance(given, str):
             latents, described = space.encode(given), None if self.descriptor is None else self.describe(given)
         else:
-            latents, described = given, None
+            latents, described = float_tensor(given, "latents"), None
         if space.pixel_range is not None and isinstance(latents, Tensor):
             require_range(latents, space.pixel_range)
         return latents, described

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shielded._extras import RequestError
 from shielded.copies import Descriptor
+from shielded.core.inputs import float_tensor
 from shielded.core.references import Hits
 from shielded.latent_space import LatentSpace
 from shielded.protected import store, writer
@@ -353,7 +354,7 @@ class ProtectedSet(Described):
         reduction = _checked_shrink(shrink, len(x))
         query, row, distance = reader.within(x, radii, reduction, nearest)
         applied = hit_radii(reader.radii.numpy() if radii is None else radii, reduction, query, row)
-        return Hits(*(_like(part, x0) for part in (query, row, distance, applied)))
+        return Hits(*(_like(part, x) for part in (query, row, distance, applied)))
 
     def nearest(self, x0: Tensor, k: int = 1) -> tuple[Tensor, list[list[Id]]]:
         """Find the k nearest references, nearest first; of equal distances the earlier row comes first.
@@ -384,9 +385,10 @@ class ProtectedSet(Described):
         if not 1 <= k <= len(reader):
             raise ValueError(f"k must be between 1 and the {len(reader)} rows of the set; got {k}.")
         distances, rows = reader.nearest(x, k)
-        return _like(distances, x0), _like(rows, x0)
+        return _like(distances, x), _like(rows, x)
 
     def _checked_queries(self, x0: Tensor) -> Tensor:
+        x0 = float_tensor(x0, "x0")
         writer.check_shape(x0, self.space.shape, "x0")
         x = x0.detach().flatten(1)
         if not x.isfinite().all():

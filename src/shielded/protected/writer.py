@@ -341,9 +341,11 @@ def checked_ids(ids: Iterable[Id]) -> list[Id]:
     Raises:
         TypeError: they are not strings or integers.
     """
-    names = None if isinstance(ids, str) else list(ids)
-    if names is None or not all(isinstance(name, str | int) for name in names):
-        raise TypeError("ids must be a list of strings (or plain integers).")
+    given = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else ids
+    single = isinstance(given, str) or not isinstance(given, Iterable)
+    names = [int(name) if isinstance(name, np.integer) else name for name in (() if single else given)]
+    if single or not all(isinstance(name, str | int) for name in names):
+        raise TypeError("ids must be a list of strings or whole numbers.")
     return names
 
 

@@ -38,15 +38,15 @@ class RepelledDenoiser(_Wrapper):
     (`Spell(release=...)`).
 
     Args:
-        denoiser: called as denoiser(x, sigma, *args, **kwargs), gives x0 (B, *S).
+        denoiser: called as denoiser(x, sigma, *args, **kwargs), gives x0 (B, *S), or a tuple that begins with it.
         spell: called as spell(x0, noise=, alpha=, sigma=) with float32 tensors (B, *S), gives the correction; a Spell.
     """
 
-    def __init__(self, denoiser: Callable[..., Tensor], spell: Callable[..., Tensor]) -> None:
+    def __init__(self, denoiser: Callable[..., Any], spell: Callable[..., Tensor]) -> None:
         self.denoiser = denoiser
         self.spell = spell
 
-    def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """Predict x0 and correct it.
 
         Args:
@@ -56,13 +56,15 @@ class RepelledDenoiser(_Wrapper):
             **kwargs: passed on to the denoiser.
 
         Returns:
-            x0 (B, *S) in the denoiser's dtype; rows without a correction are the denoiser's own, bit for bit.
+            x0 (B, *S) in the denoiser's dtype; rows without a correction are the denoiser's own, bit for bit. If the
+            denoiser returns a tuple, x0 is its first part, and the others are returned with it.
 
         Raises:
+            TypeError: the denoiser returns something else.
             ValueError: the rows have different noise levels.
         """
         level = _level(sigma)
-        x0 = self.denoiser(x, sigma, *args, **kwargs)
+        x0, more = _first(self.denoiser, self.denoiser(x, sigma, *args, **kwargs))
         seen, options = x0.float(), {}
         if releases(self.spell) and hasattr(self.denoiser, "at_scale"):
             rows = self.spell.colliding(seen, alpha=1.0, sigma=level)
@@ -74,7 +76,8 @@ class RepelledDenoiser(_Wrapper):
         noise = (x.float() - seen) / level if level > 0 else torch.zeros_like(seen)
         delta = self.spell(seen, noise=noise, alpha=1.0, sigma=level, **options)
         moved = (delta != 0).flatten(1).any(1)
-        return select_rows(moved, (x0 + delta).to(x0.dtype), x0)
+        corrected = select_rows(moved, (x0 + delta).to(x0.dtype), x0)
+        return corrected if more is None else (corrected, *more)
 
 
 class Guided(_Wrapper):
@@ -91,21 +94,20 @@ class Guided(_Wrapper):
         guidance: weight; 1 is net alone, and gnet is not called.
     """
 
-    def __init__(self, net: Callable[..., Tensor], gnet: Callable[..., Tensor], guidance: float) -> None:
+    def __init__(self, net: Callable[..., Any], gnet: Callable[..., Any], guidance: float) -> None:
         self.denoiser = net
         self.gnet = gnet
         self.guidance = guidance
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
-        """Predict the guided x0 (B, *S), in the dtype of net."""
-        x0 = self.denoiser(x, sigma, *args, **kwargs)
-        self._last = None
-        if self.guidance == 1:
-            return x0
-        guide = self.gnet(x, sigma, *args, **kwargs).to(x0.dtype)
-        self._last = guide, x0
-        return guide.lerp(x0, self.guidance)
+    def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+        """Predict the guided x0 (B, *S), in the dtype of net; with what net returns besides, if that is a tuple."""
+        x0, more = _first(self.denoiser, self.denoiser(x, sigma, *args, **kwargs))
+        self._last, guided = None, x0
+        if self.guidance != 1:
+            guide = _first(self.gnet, self.gnet(x, sigma, *args, **kwargs))[0].to(x0.dtype)
+            self._last, guided = (guide, x0), guide.lerp(x0, self.guidance)
+        return guided if more is None else (guided, *more)
 
     def at_scale(self, scale: float) -> Tensor | None:
         """Compute the last x0 (B, *S) again, at another guidance weight; None if it had no more than that."""
@@ -113,6 +115,18 @@ class Guided(_Wrapper):
             return None
         guide, x0 = self._last
         return x0 if scale == 1 else guide.lerp(x0, scale)
+
+
+def _first(denoiser: Any, output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """Split what a denoiser returned into x0 and the rest of a tuple; None: it is no tuple."""
+    x0, more = (output[0], tuple(output[1:])) if isinstance(output, tuple) and output else (output, None)
+    if not isinstance(x0, Tensor):
+        name = getattr(denoiser, "__name__", type(denoiser).__name__)
+        raise TypeError(
+            f"the denoiser {name} returned {type(output).__name__}; it has to return x0 as a tensor, or a tuple that "
+            "begins with it. A wrapper `lambda x, sigma: net(x, sigma).sample` takes x0 out of an object."
+        )
+    return x0, more
 
 
 def _level(sigma: Tensor | float) -> float:

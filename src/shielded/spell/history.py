@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shielded._extras import RequestError
+from shielded.core.inputs import float_tensor
 from shielded.files import replacing, sha256
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet, store
@@ -52,9 +53,7 @@ class History:
         Raises:
             ValueError: another shape than what is remembered already, or NaN.
         """
-        new = latents.detach().float().cpu()
-        if not torch.isfinite(new).all():
-            raise ValueError("latents with NaN or infinity are not remembered; the model's output is broken.")
+        new = _checked(latents)
         if self._latents is not None and self._latents.shape[1:] != new.shape[1:]:
             raise ValueError(
                 f"the history holds latents of shape {tuple(self._latents.shape[1:])}, these have "
@@ -166,9 +165,7 @@ class StoredHistory(History):
             ValueError: another shape than what is remembered already, or NaN.
             RuntimeError: another process has been writing for a minute.
         """
-        new = latents.detach().float().cpu()
-        if not torch.isfinite(new).all():
-            raise ValueError("latents with NaN or infinity are not remembered; the model's output is broken.")
+        new = _checked(latents)
         if self._set is None:
             self._set = _patiently(lambda: self._opened() or self._created(new))
         if len(new):
@@ -226,6 +223,13 @@ class StoredHistory(History):
             return ProtectedSet.create(self.path, space)
         except FileExistsError:  # another process was first
             return ProtectedSet.open(self.path)
+
+
+def _checked(latents: Tensor) -> Tensor:
+    new = float_tensor(latents, "latents").detach().float().cpu()
+    if not torch.isfinite(new).all():
+        raise ValueError("latents with NaN or infinity are not remembered; the model's output is broken.")
+    return new
 
 
 _ID = re.compile("[0-9a-f]{32}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from shielded.core.correction import check_radius
+from shielded.core.inputs import float_tensor
 from shielded.protected import ProtectedSet
 from shielded.spell.history import History
 from shielded.spell.static import require_radii
@@ -67,6 +71,46 @@ def checked_radius(
     if radius is None and protected is not None and not isinstance(protected, Tensor):
         require_radii(protected.radii)
     return radius
+
+
+def checked_protected(protected: Any) -> ProtectedSet | Tensor | None:
+    """Return the references; an array becomes a tensor.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if protected is None or isinstance(protected, ProtectedSet):
+        return protected
+    return float_tensor(protected, "protected")
+
+
+def checked_groups(groups: Any) -> Tensor | None:
+    """Return the group of each image (B,) as integers; equal names become equal numbers.
+
+    Raises:
+        TypeError: it is no list, array or tensor with an id for each image.
+    """
+    if groups is None:
+        return None
+    ids = groups.tolist() if hasattr(groups, "tolist") else list(groups) if isinstance(groups, list | tuple) else None
+    if ids is None or not isinstance(ids, list) or not all(isinstance(one, int | str) for one in ids):
+        raise TypeError("groups must be a list of ids, numbers or names, one per image.")
+    numbers = {one: number for number, one in enumerate(dict.fromkeys(ids))}
+    return torch.tensor([numbers[one] for one in ids])
+
+
+def require_finite(finite: Tensor, x: Tensor, step: int) -> None:
+    """Refuse x0 (B, D) that is not finite.
+
+    Raises:
+        ValueError: names the images.
+    """
+    if not finite:
+        rows = (~torch.isfinite(x).all(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"x0 contains NaN or infinity at step {step}, images {rows}; the model overflowed, so try float32 or "
+            "bfloat16."
+        )
 
 
 def energy_of(protected: ProtectedSet | Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,15 +12,16 @@ from torch import Tensor
 
 from shielded.core.correction import Overlap, overcompensated, project_correction, sum_correction
 from shielded.core.directions import push_direction
+from shielded.core.inputs import float_tensor
 from shielded.core.pairs import sum_pairs
 from shielded.core.references import Hits, References, closest
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet
 from shielded.samplers.diffusers import attach
 from shielded.samplers.rows import select_rows
+from shielded.spell import options
 from shielded.spell.history import History
 from shielded.spell.mask import flatten, unflatten
-from shielded.spell.options import check_options, checked_radius, energy_of, history_of
 from shielded.spell.posterior import Calibration
 from shielded.spell.returned import Call, check_returned
 from shielded.spell.shields import Active, BatchShields, outward
@@ -54,7 +55,7 @@ class Spell:
             See `shielded.spell.posterior`. None: "posterior" for protected references, so that early, blurred x0 are
             left alone, and "constant" for batch and history. With a mask, or in a call without a noise level, None is
             "constant" for all.
-        groups: (B,) ids; batch references repel only within a group.
+        groups: (B,) ids, numbers or names; batch references repel only within a group.
         mask: broadcasts to *S, non-zero where the image is generated (inpainting). Distance and push are restricted to
             that part.
         calibration: measured energy and denoising error of a model, for the posterior radius. None: estimated from the
@@ -74,6 +75,7 @@ class Spell:
             (`output_type="latent"`); `finished` and the history are then these.
 
     Raises:
+        TypeError: references that are neither a ProtectedSet nor numbers, groups that are no ids.
         ValueError: a radius that is missing where it is needed or not positive, an empty protected set, or options that
             do not fit each other.
     """
@@ -89,15 +91,18 @@ class Spell:
         overlap: Overlap = "project",
         window: tuple[float, float] = (1.0, 0.0),
         radius_schedule: Literal["constant", "posterior"] | None = None,
-        groups: Tensor | None = None,
+        groups: Tensor | Sequence[int | str] | None = None,
         mask: Tensor | None = None,
         calibration: Calibration | None = None,
         release: float | None = 0.5,
         release_scale: float = 1.0,
         margin: float = 0.0,
     ) -> None:
-        radius = checked_radius(protected, radius, batch, history)
-        check_options(overcompensation, overlap, radius_schedule, nearest, window, release, release_scale, margin)
+        protected = options.checked_protected(protected)
+        radius = options.checked_radius(protected, radius, batch, history)
+        options.check_options(
+            overcompensation, overlap, radius_schedule, nearest, window, release, release_scale, margin
+        )
         if radius_schedule == "posterior" and mask is not None:
             raise ValueError("radius_schedule='posterior' does not work with a mask: energies are of whole images.")
         if radius_schedule == "posterior" and protected is None and calibration is None:
@@ -110,14 +115,14 @@ class Spell:
         self.overlap = overlap
         self.window = (float(window[0]), float(window[1]))
         self.radius_schedule = radius_schedule
-        self.groups = groups
+        self.groups = options.checked_groups(groups)
         self.mask = mask
         self.calibration = calibration
         self.release = release
         self.release_scale = release_scale
         self.margin = margin
         self.guidance: str | None = None
-        self.history = history_of(history)
+        self.history = options.history_of(history)
         self.finished: Tensor | None = None
         self.trace: list[dict[str, Any]] = []
         self._run = 0
@@ -154,20 +159,22 @@ class Spell:
             (B, *S) of x0's dtype; exactly zero in rows that no shield touches.
 
         Raises:
+            TypeError: x0 is no float tensor.
             ValueError: x0 of another shape than the references, or with NaN or infinity; a window or posterior radius
                 without alpha and sigma.
         """
+        x0 = float_tensor(x0, "x0")
         step, self._step = self._step, self._step + 1
         known, self._known = self._known, None
         active = known[1] if known is not None and known[0] is x0 else self._active(x0, _level(alpha, sigma), last)
         level, x = active.level, active.x
         if not active.inside_window:
-            _require_finite(active.finite, x, step)
+            options.require_finite(active.finite, x, step)
             return torch.zeros_like(x0)
         if active.idle:
             self._record(step, level, len(x), None, released)
             return torch.zeros_like(x0)
-        _require_finite(active.finite, x, step)
+        options.require_finite(active.finite, x, step)
         direction = push_direction(x, None if noise is None else flatten(noise, self._counted))
         references, hits, batch, close = active.references, active.hits, active.batch, active.close
         if self.overlap == "sum":
@@ -422,7 +429,7 @@ class Spell:
         if self.radius_schedule == "constant" or self._counted is not None:
             return None
         if self.calibration is None and self.protected is not None:
-            self.calibration = Calibration(energy=energy_of(self.protected))
+            self.calibration = Calibration(energy=options.energy_of(self.protected))
         return None if self.calibration is None else self.calibration.posterior_variance(x.square().sum(dim=1), level)
 
     def _batch_shields(self, x: Tensor, shrink: Tensor | None) -> BatchShields | None:
@@ -439,12 +446,3 @@ class Spell:
 def _level(alpha: float | None, sigma: float | None) -> float | None:
     """Noise level t = σ/(α + σ)."""
     return None if alpha is None or sigma is None else float(sigma) / (float(alpha) + float(sigma))
-
-
-def _require_finite(finite: Tensor, x: Tensor, step: int) -> None:
-    if not finite:
-        rows = (~torch.isfinite(x).all(dim=1)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"x0 contains NaN or infinity at step {step}, images {rows}; the model overflowed, so try float32 or "
-            "bfloat16."
-        )
