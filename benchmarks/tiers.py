@@ -3,6 +3,7 @@
 Like `benchmarks/shielding.py`, whose prompts, seeds and set it takes; the methods take turns.
 
     python benchmarks/tiers.py --data emoji128.tar --work runs/tiers --out docs/copies.md --sheet docs/images
+    python benchmarks/tiers.py --data emoji128.tar --work runs/tiers --blur    # how early x0 shows what is a copy
 
 Beside leaks, copies and time it measures how similar each picture is to the nearest protected one in the features of
 the contrastive encoder, which takes no part in the runs.
@@ -159,12 +160,52 @@ class TwoTiers(Study):
         return sheet
 
 
+class Watched:
+    """The correction of a Spell; keeps the similarity of every x0 to the most similar protected picture."""
+
+    def __init__(self, spell: Spell, study: TwoTiers, seen: dict[float, list[Tensor]]) -> None:
+        self.spell, self.study, self.seen = spell, study, seen
+        self.start, self.finish, self.colliding = spell.start, spell.finish, spell.colliding
+        self.release, self.release_scale, self.guidance = spell.release, spell.release_scale, None
+
+    def __call__(self, x0: Tensor, *, alpha: float, sigma: float, **state: Any) -> Tensor:
+        similarity = self.study.protected.copy_rows(self.study.space.decode(x0))[0]
+        self.seen.setdefault(sigma / (alpha + sigma), []).append(similarity[:, 0])
+        return self.spell(x0, alpha=alpha, sigma=sigma, **state)
+
+
+def blur(study: TwoTiers, count: int = 100, close: float = 0.95) -> str:
+    """Compare the similarity of x0 at each noise level with that of the finished picture."""
+    seen: dict[float, list[Tensor]] = {}
+    finished: list[Tensor] = []
+    chosen = range(0, len(study.prompts), -(-len(study.prompts) // count))
+    for first in tqdm(range(0, len(chosen), CHUNK), desc="images", unit="chunk"):
+        rows = chosen[first : first + CHUNK]
+        spell = Spell(study.by_distance, study.radius, batch=False, calibration=study.calibration, **PROTECTION)
+        generators = [torch.Generator().manual_seed(study.seeds[i]) for i in rows]
+        options: dict[str, Any] = {"num_inference_steps": study.args.steps, "generator": generators}
+        with spell.attach(study.pipe, through=Watched(spell, study, seen)):
+            made = study.pipe([study.prompts[i] for i in rows], guidance_scale=PRESETS["emoji"].guidance, **options)
+        finished.append(study.protected.copy_rows(made.images)[0][:, 0])
+    last = torch.cat(finished)
+    lines = ["| noise level | correlation | less similar, median | at most |", "|--:|--:|--:|--:|"]
+    for level, values in sorted(seen.items(), reverse=True):
+        x0 = torch.cat(values)
+        less = (last - x0)[last >= close]
+        both = torch.corrcoef(torch.stack([x0, last]))[0, 1]
+        lines.append(f"| {level:.2f} | {both:.2f} | {less.median():.3f} | {less.max():.3f} |")
+    return "\n".join(
+        [*lines, "", f"{len(last)} images, {int((last >= close).sum())} of them at least {close:g} similar."]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="webdataset tar with the training pictures")
     parser.add_argument("--work", type=Path, required=True, help="folder for what was made, kept between runs")
     parser.add_argument("--out", type=Path, help="Markdown file whose section is replaced; default: only printed")
     parser.add_argument("--sheet", type=Path, help="folder for the sheet of pairs")
+    parser.add_argument("--blur", action="store_true", help="compare x0 with the finished pictures, and do no more")
     parser.add_argument("--threshold", type=float, default=0.985, help="from which on a picture is a copy")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--images", type=int, default=5, help="per prompt")
@@ -176,6 +217,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     study = TwoTiers(args)
+    if args.blur:
+        print(blur(study))
+        return
     study.make_all()
     plain, seconds = study.row(PLAIN, 0)
     rows = [plain, *(study.row(name, seconds)[0] for name in (DISTANCE, BOTH))]
