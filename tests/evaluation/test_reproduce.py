@@ -1,5 +1,6 @@
 """The paper's experiments: numbers from cells, resuming, and what is written. Sizes are the smallest that run."""
 
+import base64
 import csv
 import io
 import json
@@ -408,7 +409,13 @@ def test_json_csv_page_and_table_hold_the_result(results, name):
     assert [float(r[column]) for r in rows] == [r[column]["value"] for r in found["rows"]]
     assert not list(out.rglob("*.tmp"))
     text = (out / f"{name}.html").read_text()
-    assert text.count("<tr>") == len(rows) + 1
+    numbers, pictures = text.split("<h2>Pictures</h2>")
+    assert numbers.count("<tr>") == len(rows) + 1
+    methods = {row["label"] for row in rows}
+    assert pictures.count('<th scope="row">') == len(methods)
+    sources = re.findall(r'src="data:image/webp;base64,([^"]+)"', pictures)
+    assert len(sources) == len(methods) * len(PROMPTS) * 4
+    assert Image.open(io.BytesIO(base64.b64decode(sources[0]))).size == (128, 128)
     assert markdown(found).count("\n| ") == len(rows) + 1
 
 

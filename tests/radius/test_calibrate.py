@@ -579,7 +579,11 @@ def test_command_for_pictures_without_a_set(files, tmp_path):
         "--images", folder / "1.png", "--images", folder / "2.png", "--seeds", 0, "--steps", 2, "--out", tmp_path
     )
     assert result.exit_code == 0, result.output
-    assert "Suggested radius for the protected set" in result.stdout
+    head, row, plot, empty, first, *_ = result.stdout.splitlines()
+    assert head.split() == ["value", "per", "√dim", "false", "alarms", "copies", "caught"]
+    assert row.startswith("radius, protected set")
+    assert plot == f"Plot: {tmp_path / 'radius.png'}" or plot.startswith("No plot: ")
+    assert (empty, first[:38]) == ("", "Suggested radius for the protected set")
     assert "diversity" not in result.stdout
     assert "L2" in result.stdout
     assert {file.name for file in tmp_path.iterdir()} <= {"radius.json", "radius.png", "calibration.json"}

@@ -106,13 +106,35 @@ def calibrate(
 
 
 def _summary(result: dict[str, Any], out: Path) -> str:
-    lines = [*_protection(result), *_copy_tier(result), *_diversity(result), *_error(result), ""]
+    plot = f"Plot: {out / 'radius.png'}" if result["plot"] else f"No plot: {missing('plots', 'plot')}"
+    lines = [*_overview(result), plot, ""]
+    lines += [*_protection(result), *_copy_tier(result), *_diversity(result), *_error(result), ""]
     lines.append(f"Distances are L2 in the latent space of the model. All figures: {out / 'radius.json'}")
-    if result["plot"]:
-        lines.append(f"Plot: {out / 'radius.png'}")
-    else:
-        lines.append(f"No plot: {missing('plots', 'plot')}")
     return "\n".join(lines)
+
+
+def _overview(result: dict[str, Any]) -> list[str]:
+    """Format what was found as a small table; empty if nothing was."""
+    rows = []
+    protection, copies, variety = (result.get(name) for name in ("protection", "copies", "diversity"))
+    if protection is not None:
+        caught = _share(list(protection["copies"].values()))
+        per_dim, alarms = f"{protection['radius_per_sqrt_dim']:.3f}", f"{protection['false_alarms']:.1%}"
+        rows.append(("radius, protected set", f"{protection['radius']:.4g}", per_dim, alarms, caught))
+    if copies is not None:
+        caught = _share(list(copies["copies"].values()))
+        rows.append(("similarity, copies", f"{copies['threshold']:.4f}", "", f"{copies['false_alarms']:.1%}", caught))
+    if variety is not None:
+        per_dim, alarms = f"{variety['radius_per_sqrt_dim']:.3f}", f"{variety['other_prompt']:.1%}"
+        rows.append(("radius, variety", f"{variety['radius']:.4g}", per_dim, alarms, ""))
+    if not rows:
+        return []
+    rows.insert(0, ("", "value", "per √dim", "false alarms", "copies caught"))
+    return ["".join(f"{cell:<24}" if i == 0 else f"{cell:>15}" for i, cell in enumerate(row)).rstrip() for row in rows]
+
+
+def _share(caught: list[float]) -> str:
+    return f"{sum(caught) / len(caught):.0%}" if caught else ""
 
 
 def _protection(result: dict[str, Any]) -> list[str]:

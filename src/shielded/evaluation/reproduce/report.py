@@ -10,6 +10,7 @@ from typing import Any
 
 from shielded.evaluation.reproduce.experiments import EXPERIMENTS
 from shielded.evaluation.reproduce.measures import HEADINGS, flatten_row
+from shielded.evaluation.reproduce.pictures import picture_table
 from shielded.evaluation.reproduce.plots import plot_result
 from shielded.evaluation.reproduce.reference import ReferenceImages
 from shielded.evaluation.reproduce.study import Study
@@ -51,9 +52,10 @@ def reproduce(
     }
     write_json(study.out / f"{experiment}.json", result)
     _write_csv(study.out / f"{experiment}.csv", result["rows"])
-    pictures = plot_result(result, study.out) if plots else []
+    drawn = plot_result(result, study.out) if plots else []
     with replacing(study.out / f"{experiment}.html") as draft:
-        draft.write_text(html_page(result, pictures), encoding="utf-8")
+        protected = reference.latents() if experiment == "shielding" else None
+        draft.write_text(html_page(result, drawn, picture_table(study, result["rows"], protected)), encoding="utf-8")
     return result
 
 
@@ -154,22 +156,25 @@ def write_section(document: Path, result: dict[str, Any]) -> None:
     replace_section(document, result["experiment"], markdown(result))
 
 
-def html_page(result: dict[str, Any], pictures: Sequence[Path]) -> str:
-    """Format a result as a self-contained HTML page with its plots."""
+def html_page(result: dict[str, Any], plots: Sequence[Path], pictures: str = "") -> str:
+    """Format a result as a self-contained HTML page with its plots and, as HTML, pictures."""
     head, rows = result_table(result)
     title = f"shielded reproduce {result['experiment']}"
-    figures = "".join(f"<figure>{_inline(path)}</figure>" for path in pictures)
+    figures = "".join(f"<figure>{_inline(path)}</figure>" for path in plots)
     listed = "".join(f"<li>{escape(line)}</li>" for line in result.get("verdict", []))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse;font-size:.85rem}th,td{padding:.3rem .6rem;border-bottom:1px solid #ccc;"
-        "text-align:left}div{overflow-x:auto}figure{margin:1rem 0}svg{max-width:100%;height:auto}</style>"
-        f"<h1>{title}</h1><p>{escape(setup(result))}</p>{f'<ul>{listed}</ul>' if listed else ''}{figures}"
+        "text-align:left}"
+        ".pictures td{white-space:nowrap}.pictures img{margin:2px}div{overflow-x:auto}"
+        "figure{margin:1rem 0}svg{max-width:100%;height:auto}</style>"
+        f"<h1>{title}</h1><p>{escape(setup(result))}</p>{f'<ul>{listed}</ul>' if listed else ''}"
         f"<div><table><thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead><tbody>"
         + "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-        + f"</tbody></table></div><p>All figures: {result['experiment']}.json, {result['experiment']}.csv.</p></html>\n"
+        + f"</tbody></table></div>{pictures}{figures}"
+        f"<p>All figures: {result['experiment']}.json, {result['experiment']}.csv.</p></html>\n"
     )
 
 

@@ -6,9 +6,10 @@ continues where it stopped, and a larger run reuses the cells of a smaller one.
 
 from __future__ import annotations
 
+import io
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,9 @@ from shielded.models.calls import conditioning, images_of, step_option
 
 REFERENCE_SEED = 1_000_000  # first seed of plain reference images, far from those of any experiment
 _SEED_STRIDE = 10_000  # image j of seed s is sampled with seed s * 10,000 + j
+
+PICTURE = "picture "  # name of a cell's reduced pictures, before their number
+_PICTURES, _PICTURE_PIXELS = 4, 128  # how many, and their longer side
 
 Cell = dict[str, Tensor]
 
@@ -187,7 +191,12 @@ class Study:
         flat = torch.cat(latents).flatten(1)
         found = self.features.image_features(images)
         pairs = torch.cdist(flat.double(), flat.double()).fill_diagonal_(torch.inf)
-        cell = {"features": found, "pair": pairs.amin(dim=1), "seconds": torch.tensor(seconds, dtype=torch.float64)}
+        cell = _pictures(images)
+        cell |= {
+            "features": found,
+            "pair": pairs.amin(dim=1),
+            "seconds": torch.tensor(seconds, dtype=torch.float64),
+        }
         if self.features.text_features is not None:
             cell["caption"] = caption_score(found, self.features.text_features([prompt]))
         if setting.method == "plain":
@@ -197,6 +206,19 @@ class Study:
         for name in traces[0] if traces[0] else ():
             cell[name] = torch.cat([trace[name] for trace in traces], dim=1)
         return cell
+
+
+def _pictures(images: Sequence[Any]) -> Cell:
+    """Reduce the first images of a cell to WebP files, as tensors (bytes,) uint8; videos are left out."""
+    found = {}
+    for i, image in enumerate(images[:_PICTURES]):
+        if isinstance(image, Image.Image):
+            small = image.convert("RGB")
+            small.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
+            file = io.BytesIO()
+            small.save(file, "WEBP", quality=85)
+            found[f"{PICTURE}{i}"] = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    return found
 
 
 def _nearest(latents: Tensor, protected: Tensor) -> Tensor:
