@@ -4,7 +4,7 @@ OUT ?= demo
 
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs lint
+.PHONY: demo test docs lint comfyui
 .DELETE_ON_ERROR:
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -29,6 +29,12 @@ test: .venv/.developing lint
 
 docs: .venv/.developing
 	.venv/bin/mkdocs build --strict
+
+# The package as a wheel beside the nodes: the folder can then be copied into ComfyUI/custom_nodes, and ComfyUI's Python
+# installs it with `pip install -r requirements.txt`.
+comfyui: .venv/.installed
+	rm -f comfyui/shielded-*.whl
+	.venv/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir comfyui .
 
 lint: .venv/.developing
 	.venv/bin/ruff check .

@@ -16,19 +16,31 @@ from shielded.latent_space import to_pixels
 from shielded.protected import find_images, load_images
 
 
-def encode(images: Iterable[Image.Image], vae: Any, size: tuple[int, int]) -> Tensor:
+def encode(images: Iterable[Image.Image], vae: Any, size: tuple[int, int], node: str) -> Tensor:
     """Encode images one by one, after resizing the short side and cropping the centre.
 
     Args:
         images: images of any size and mode.
         vae: ComfyUI's VAE.
         size: (height, width) in pixels.
+        node: display name of the node, for errors.
 
     Returns:
         latents (K, *S) on the CPU, not yet scaled for the sampler.
+
+    Raises:
+        ValueError: if a latent contains NaN or infinity.
     """
     pixels = (to_pixels(image, size).movedim(0, -1)[None] / 2 + 0.5 for image in images)
-    return torch.cat([vae.encode(image).float().cpu() for image in pixels])
+    latents = torch.cat([vae.encode(image).float().cpu() for image in pixels])
+    broken = (~torch.isfinite(latents.flatten(1)).all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(
+            f"{node}: the VAE on the input 'vae' encodes {len(broken)} of {len(latents)} images as NaN or infinity, "
+            f"first number {broken[0] + 1}. Usually the VAE runs in half precision and overflows: start ComfyUI with "
+            "--fp32-vae or --bf16-vae, or load a VAE that is made for half precision."
+        )
+    return latents
 
 
 def from_tensor(images: Tensor) -> list[Image.Image]:

@@ -18,6 +18,8 @@ from torch import Tensor
 from shielded import LatentSpace, ProtectedSet
 
 _LOCK = "memory.lock"
+_SEED = "seed:"  # a source of the set
+_MOST_SEEDS = 100_000  # of one range
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,12 @@ class Memory:
     Args:
         folder: holds one protected set for each kind of model and latent size.
         limit: most images that each of these sets may hold.
+        seeds: only the images of these seeds are recalled; None: all.
     """
 
     folder: Path
     limit: int
+    seeds: tuple[int, ...] | None = None
 
 
 def named(root: Path, name: str, limit: int) -> Memory:
@@ -51,10 +55,44 @@ def recall(memory: Memory, latent_format: Any, shape: tuple[int, ...]) -> Tensor
         return torch.zeros(0, *shape)
     with _locked(memory):
         remembered = ProtectedSet.open(folder)
-    return remembered.vectors(torch.arange(len(remembered)))
+    rows = range(len(remembered))
+    if memory.seeds is not None:
+        wanted = {_source(seed) for seed in memory.seeds}
+        rows = [row for row, source in enumerate(remembered.sources) if source in wanted]
+    return remembered.vectors(torch.tensor(list(rows), dtype=torch.long)).view(-1, *shape)
 
 
-def remember(memory: Memory, latent_format: Any, latents: Tensor) -> int:
+def seeds_of(memory: Memory) -> list[int]:
+    """List the seeds of the images that a memory recalls, of all models and sizes, without repetition."""
+    found: dict[int, None] = {}
+    if memory.folder.is_dir():
+        with _locked(memory):
+            for folder in sorted(path for path in memory.folder.iterdir() if path.is_dir()):
+                sources = (source for source in ProtectedSet.open(folder).sources if source)
+                found |= dict.fromkeys(int(source[len(_SEED) :]) for source in sources if source.startswith(_SEED))
+    return [seed for seed in found if memory.seeds is None or seed in memory.seeds]
+
+
+def parse_seeds(text: str) -> tuple[int, ...] | None:
+    """Read seeds such as "7, 12-15"; None for an empty text.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    seeds: list[int] = []
+    for part in re.split(r"[\s,;]+", text.strip()):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if part and (match is None or int(match[2] or match[1]) - int(match[1]) not in range(_MOST_SEEDS)):
+            raise ValueError(
+                f"SPELL Seeds: the input 'seeds' takes numbers and ranges such as 7, 12-15, of at most {_MOST_SEEDS} "
+                f"seeds; got {part!r}."
+            )
+        if match is not None:
+            seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(dict.fromkeys(seeds)) or None
+
+
+def remember(memory: Memory, latent_format: Any, latents: Tensor, seed: int | None = None) -> int:
     """Add finished latents to a memory, except those that it already holds.
 
     A full memory forgets its oldest tenth at once, so that its files are rewritten rarely.
@@ -63,6 +101,7 @@ def remember(memory: Memory, latent_format: Any, latents: Tensor) -> int:
         memory: memory to add to.
         latent_format: the model's latent format; its class name tells kinds of models apart.
         latents: (B, *S) in the sampler's space.
+        seed: that they were made with, to find them by.
 
     Returns:
         the number of latents of this kind and size that the memory holds now.
@@ -71,6 +110,11 @@ def remember(memory: Memory, latent_format: Any, latents: Tensor) -> int:
         ValueError: if a latent contains NaN or infinity.
     """
     latents = latents.detach().float().cpu()
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            "SPELL Remember: the input 'latent' is not finite: it holds NaN or infinity. Usually the model overflowed "
+            "in half precision: start ComfyUI with --force-fp32 or --bf16-unet. Nothing was remembered."
+        )
     shape = tuple(latents.shape[1:])
     folder = _folder(memory, latent_format, shape)
     rows = {hashlib.sha256(row.numpy().tobytes()).hexdigest(): row for row in latents}
@@ -78,7 +122,8 @@ def remember(memory: Memory, latent_format: Any, latents: Tensor) -> int:
         remembered = ProtectedSet.open(folder) if folder.is_dir() else ProtectedSet.create(folder, LatentSpace(shape))
         new = [name for name in rows if name not in set(remembered.ids)]
         if new:
-            remembered.add(torch.stack([rows[name] for name in new]), new)
+            sources = None if seed is None else [_source(seed)] * len(new)
+            remembered.add(torch.stack([rows[name] for name in new]), new, sources=sources)
         excess = len(remembered) - memory.limit
         if excess > 0:
             remembered.remove(remembered.ids[: excess + memory.limit // 10])
@@ -110,6 +155,10 @@ def _locked(memory: Memory) -> Iterator[None]:
     memory.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(memory.folder / _LOCK, timeout=60):
         yield
+
+
+def _source(seed: int) -> str:
+    return f"{_SEED}{seed}"
 
 
 def _folder(memory: Memory, latent_format: Any, shape: tuple[int, ...]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from shielded.models import PROTECTION, VARIETY_RADIUS
 
 from .hook import SpellPatch
 from .images import encode, from_folder, from_tensor, size_of
-from .memory import Memory, forget, named, remember, state
+from .memory import Memory, forget, named, parse_seeds, remember, seeds_of, state
 
 CATEGORY = "SPELL"
 ProtectedImages = io.Custom("SPELL_SET")
@@ -29,7 +30,7 @@ class Spell(io.ComfyNode):
             display_name="SPELL",
             category=CATEGORY,
             description="Keeps generated images away from protected images, from remembered images, and from the other "
-            "images of the batch. Place it directly before the sampler.",
+            "images of the batch. Nodes after it keep what it corrects; several of them hold together.",
             inputs=[
                 io.Model.Input("model"),
                 io.Float.Input(
@@ -156,7 +157,7 @@ class ProtectImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Any, vae: Any, latent: Any) -> io.NodeOutput:
-        return io.NodeOutput(encode(from_tensor(images), vae, size_of(latent, vae)))
+        return io.NodeOutput(encode(from_tensor(images), vae, size_of(latent, vae), "SPELL Protect Images"))
 
 
 class ProtectFolder(io.ComfyNode):
@@ -177,7 +178,7 @@ class ProtectFolder(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str, vae: Any, latent: Any) -> io.NodeOutput:
-        return io.NodeOutput(encode(from_folder(_input(folder)), vae, size_of(latent, vae)))
+        return io.NodeOutput(encode(from_folder(_input(folder)), vae, size_of(latent, vae), "SPELL Protect Folder"))
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
@@ -250,6 +251,15 @@ class Remember(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The sampler's output."),
                 io.Model.Input("model", tooltip="The model that generated the latent."),
                 MemoryWire.Input("memory"),
+                io.Int.Input(
+                    "seed",
+                    optional=True,
+                    default=-1,
+                    min=-1,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    tooltip="The seed that made the latent, so that SPELL Seeds can find it; -1: not noted. Convert it "
+                    "to an input and connect the seed of the sampler.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The latent, unchanged.")],
             is_output_node=True,
@@ -257,11 +267,36 @@ class Remember(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent: Any, model: Any, memory: Memory) -> io.NodeOutput:
+    def execute(cls, latent: Any, model: Any, memory: Memory, seed: int = -1) -> io.NodeOutput:
         latent_format = model.get_model_object("latent_format")
-        count = remember(memory, latent_format, latent_format.process_in(latent["samples"].float()))
+        samples = latent_format.process_in(latent["samples"].float())
+        count = remember(memory, latent_format, samples, None if seed < 0 else seed)
         logging.info(f"SPELL: memory {memory.folder.name!r} holds {count} images of this model and size.")
         return io.NodeOutput(latent)
+
+
+class Seeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShieldedSeeds",
+            display_name="SPELL Seeds",
+            category=CATEGORY,
+            description="Takes only the images of some seeds from a memory, so that the same seeds give the same "
+            "images again, and lists the seeds that it holds.",
+            inputs=[
+                MemoryWire.Input("memory"),
+                io.String.Input(
+                    "seeds", default="", tooltip="Seeds to keep away from, such as 7, 12-15. Empty: all of the memory."
+                ),
+            ],
+            outputs=[MemoryWire.Output(display_name="memory"), io.String.Output(display_name="seeds")],
+        )
+
+    @classmethod
+    def execute(cls, memory: Memory, seeds: str) -> io.NodeOutput:
+        chosen = dataclasses.replace(memory, seeds=parse_seeds(seeds))
+        return io.NodeOutput(chosen, ", ".join(map(str, seeds_of(chosen))))
 
 
 class Forget(io.ComfyNode):
@@ -284,7 +319,7 @@ class Forget(io.ComfyNode):
         return io.NodeOutput(memory)
 
 
-NODES = [Spell, ProtectImages, ProtectFolder, OpenSet, UseMemory, Remember, Forget]
+NODES = [Spell, ProtectImages, ProtectFolder, OpenSet, UseMemory, Remember, Seeds, Forget]
 
 
 def _input(path: str) -> Path:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def test_the_node_starts_with_the_settings_of_the_commands(nodes):
     settings = {name: value for name, value in values.items() if value is not None}
     for wires, expected in (({}, 1.6), ({"protected": torch.zeros(1, *SHAPE)}, PROTECTION["overcompensation"])):
         patched = node.execute(model, **settings, **wires).args[0]
-        options = patched.post_cfg[0].__self__.options
+        options = patched.post_cfg[0].__self__.patches[0].options
         spell = Spell(torch.zeros(1, *SHAPE), 1.0, **options)
         assert spell.overcompensation == expected
         assert (spell.release, spell.margin, spell.window) == (values["release"], values["margin"], (1.0, 0.0))
@@ -78,7 +79,7 @@ def test_protected_image_of_this_seed(nodes, tmp_path, sampling, on_disk):
     assert distance(patched.sample(noise()), target) == pytest.approx(1, abs=1e-5)
     further = spell(nodes, model, overcompensation=1.6, protected=protected).sample(noise())
     assert distance(further, target) > 1.001
-    assert not model.wrappers
+    assert not any(model.wrappers.values())
     assert not model.post_cfg
 
 
@@ -96,7 +97,7 @@ def test_noise_level_and_last(nodes, monkeypatch, sampling, alpha):
     hook = sys.modules["spell_pack.hook"]
     calls = []
 
-    def told(self, x0, noise, alpha, sigma, last, released):
+    def told(self, x0, noise=None, alpha=None, sigma=None, last=False, released=None):
         calls.append((alpha * x0 + sigma * noise, alpha, sigma, last))
         return torch.zeros_like(x0)
 
@@ -121,7 +122,7 @@ def test_guidance_is_released_in_a_shield(nodes, monkeypatch, sampling):
     hook = sys.modules["spell_pack.hook"]
     rows = torch.tensor([True, False])
     monkeypatch.setattr(hook.Spell, "colliding", lambda self, x0, **_: rows)
-    monkeypatch.setattr(hook.Spell, "__call__", lambda self, x0, **_: torch.zeros_like(x0))
+    monkeypatch.setattr(hook.Spell, "__call__", lambda self, x0, *_, **__: torch.zeros_like(x0))
     start = noise(2, 3)
     guided, unguided = (Model(SHAPE, sampling, scale).sample(start) for scale in (3.0, 1.0))
     target = torch.full_like(guided[:1], 1e3)
@@ -174,6 +175,51 @@ def test_two_spells_on_one_model(nodes):
     both = spell(nodes, spell(nodes, model, protected=one), protected=other)
     for seed, target in ((0, one), (1, other)):
         assert distance(both.sample(noise(seed=seed)), target) == pytest.approx(1, abs=1e-5)
+
+
+def test_nodes_after_spell_change_nothing_of_what_it_keeps(nodes):
+    """A later node clones the MODEL and changes the guided prediction."""
+
+    def later(model):
+        clone = model.clone()
+        clone.set_model_sampler_post_cfg_function(lambda args: 0.7 * args["denoised"] + 0.2)
+        return clone
+
+    target = later(Model(SHAPE)).sample(noise())
+    kept = later(spell(nodes, Model(SHAPE), protected=target)).sample(noise())
+    assert distance(kept, target) == pytest.approx(1, abs=1e-5)
+
+
+def test_guiders_of_their_own_are_measured_on_what_they_return(nodes, monkeypatch):
+    monkeypatch.setattr(Model, "combine", lambda self, x, sigma: 2.5 * self.denoise(x, float(sigma[0])) - 0.5)
+    target = Model(SHAPE, cond_scale=3.0).sample(noise())
+    kept = spell(nodes, Model(SHAPE, cond_scale=3.0), protected=target, release=0.1).sample(noise())
+    assert 1 - 1e-5 < distance(kept, target) < 1.001
+
+
+def test_spells_in_each_others_way_both_hold(nodes):
+    """The second protects what the first leads to; images of a batch keep apart, too."""
+    model = Model(SHAPE)
+    one = model.sample(noise())
+    other = spell(nodes, model, protected=one).sample(noise())
+    both = spell(nodes, spell(nodes, model, protected=one), radius=0.4, protected=other).sample(noise())
+    assert distance(both, one) > 1 - 1e-5
+    assert distance(both, other) > 0.8 - 1e-5
+    apart = spell(nodes, spell(nodes, model, protected=one), batch=True).sample(noise().repeat(2, 1, 1, 1))
+    assert min(distance(apart[0], one[0]), distance(apart[1], one[0]), distance(apart[0], apart[1])) > 1 - 1e-4
+
+
+def test_each_image_has_a_mask_of_its_own(nodes):
+    model, start = Model(SHAPE), noise(3)
+    masks = torch.zeros(3, *SHAPE)
+    masks[0, ..., 4:], masks[1, :, :2] = 1, 1  # nothing is generated of the third
+    known = Scaled().process_in(model.sample(noise(3, seed=5)))
+    plain = model.sample(start, latent_image=known, denoise_mask=masks)
+    pushed = spell(nodes, model, protected=plain).sample(start, latent_image=known, denoise_mask=masks)
+    assert torch.equal(pushed * (1 - masks), plain * (1 - masks))
+    for row, share in ((0, 0.5), (1, 0.25)):
+        assert distance(pushed[row], plain[row]) == pytest.approx(math.sqrt(share), abs=1e-5)
+    assert torch.equal(pushed[2], plain[2])
 
 
 def test_inpainting_counts_the_hole_alone(nodes):
@@ -274,6 +320,29 @@ def test_settings_that_cannot_work(nodes):
         sys.modules["spell_pack.hook"].noise_level(Eps(), levels["sigma"])
 
 
+def test_errors_name_the_input_and_the_likely_cause(nodes, monkeypatch):
+    def broken(self, pixels):
+        return torch.full((len(pixels), 4, 8, 8), float("nan"))
+
+    monkeypatch.setattr(Vae, "encode", broken)
+    images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        ValueError, match=r"SPELL Protect Images: the VAE on the input 'vae' .* half precision .*fp32-vae"
+    ):
+        nodes["ShieldedProtectImages"].execute(images, Vae(), latent())
+    monkeypatch.setattr(Model, "combine", lambda self, x, sigma: x * float("nan"))
+    with pytest.raises(ValueError, match=r"The model on SPELL's input 'model' predicts NaN .* --force-fp32"):
+        spell(nodes, Model(SHAPE), protected=noise()).sample(noise())
+    with pytest.raises(ValueError, match="SPELL's input 'protected' were encoded for another image size"):
+        spell(nodes, Model(SHAPE), protected=torch.zeros(1, 4, 9, 8)).sample(noise())
+
+
+def test_samplers_that_ask_no_guider_are_noticed(nodes, monkeypatch):
+    monkeypatch.setattr(Model, "euler", lambda self, guider, sigmas, *rest: torch.zeros(1, *SHAPE))
+    with pytest.raises(RuntimeError, match="does not use ComfyUI's guider"):
+        spell(nodes, Model(SHAPE), protected=noise()).sample(noise())
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +366,28 @@ def test_queued_images_repel_each_other(nodes):
     assert torch.equal(spell(nodes, Model(SHAPE), memory=other).sample(noise()), images[0])
     assert nodes["ShieldedForget"].execute(memory).args[0] is memory
     assert torch.equal(spell(nodes, Model(SHAPE), memory=memory).sample(noise()), images[0])
+
+
+def test_a_set_of_seeds_gives_the_same_image_again(nodes):
+    model = Model(SHAPE)
+
+    def queued(seed, memory):
+        image = spell(nodes, model, memory=memory).sample(noise(seed=seed))
+        nodes["ShieldedRemember"].execute({"samples": image}, model, memory, seed=seed)
+        return image
+
+    memory = nodes["ShieldedMemory"].execute("seeds", 10).args[0]
+    images = {seed: queued(seed, memory) for seed in (3, 2, 7)}
+    chosen, held = nodes["ShieldedSeeds"].execute(memory, "2-3").args
+    assert held == "3, 2"
+    assert torch.equal(spell(nodes, model, memory=chosen).sample(noise(seed=7)), images[7])
+    assert not torch.equal(spell(nodes, model, memory=memory).sample(noise(seed=7)), images[7])
+    assert nodes["ShieldedSeeds"].execute(memory, "").args[1] == "3, 2, 7"
+    remembered(nodes, model, memory, noise(seed=9))  # without a seed
+    assert nodes["ShieldedSeeds"].execute(memory, "2,9").args[1] == "2"
+    for wrong in ("a", "5-3", "1.5", "0-9999999"):
+        with pytest.raises(ValueError, match="SPELL Seeds: the input 'seeds' takes numbers and ranges"):
+            nodes["ShieldedSeeds"].execute(memory, wrong)
 
 
 def test_memory_and_protected_images_together(nodes):
@@ -392,7 +483,7 @@ def test_example_workflows_fit_the_nodes(nodes):
                 assert required <= set(node["inputs"]) <= {port.id for port in inputs}
                 for port in inputs:
                     value = node["inputs"].get(port.id)
-                    if hasattr(port, "min"):
+                    if hasattr(port, "min") and value is not None:
                         assert port.min <= value <= port.max
 
 
@@ -401,7 +492,26 @@ def test_registry_metadata():
 
     metadata = tomllib.loads((PACK / "pyproject.toml").read_text())
     assert "comfyui" not in metadata["project"]["name"].lower()
-    assert metadata["project"]["dependencies"] == (PACK / "requirements.txt").read_text().split() == ["shielded"]
+    packages = [line for line in (PACK / "requirements.txt").read_text().split("\n") if line and line[0] not in "#-"]
+    assert metadata["project"]["dependencies"] == packages == ["shielded"]
+
+
+def test_requirements_take_the_package_that_lies_beside_them(tmp_path):
+    """From any folder, and with what ComfyUI has pinned: nothing else would be installed."""
+    pack = tmp_path / "custom_nodes" / "pack"
+    pack.mkdir(parents=True)
+    (pack / "requirements.txt").write_bytes((PACK / "requirements.txt").read_bytes())
+    with zipfile.ZipFile(pack / "shielded-9.9-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("shielded-9.9.dist-info/METADATA", "Metadata-Version: 2.1\nName: shielded\nVersion: 9.9\n")
+        wheel.writestr("shielded-9.9.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("shielded-9.9.dist-info/RECORD", "")
+    options = ["--dry-run", "--no-index", "--ignore-installed", "--no-deps", "--report", tmp_path / "report.json"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *options, "-r", pack / "requirements.txt"]
+    subprocess.run(pip, check=True, cwd=tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(item["metadata"]["name"], item["metadata"]["version"]) for item in report["install"]] == [
+        ("shielded", "9.9")
+    ]
 
 
 # Inside ComfyUI ------------------------------------------------------------------------------------------------------
@@ -423,6 +533,12 @@ def test_inside_comfyui():
             assert row["pair"] > 1 - short, (kind, name, row)
             assert row["idle_is_identical"], (kind, name)
             assert row["unpatched_is_identical"], (kind, name)
+    for kind, after in figures["after"].items():
+        assert after.pop("outside the masks") == 0, kind
+        for name, distance in after.items():
+            for kept in distance if isinstance(distance, list) else [distance]:
+                assert kept > 1 - 1e-5, (kind, name, kept)
+                assert "two SPELL" in name or kept < 1.001, (kind, name, kept)
     examples = figures["examples"]
     assert examples["sampled"] == [1, 2, 3, 4]  # the same prompt and seed again: not skipped
     assert examples["closest"] > 1 - 1e-5

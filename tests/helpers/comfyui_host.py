@@ -10,6 +10,7 @@ import asyncio
 import copy
 import importlib.abc
 import importlib.machinery
+import inspect
 import json
 import logging
 import math
@@ -82,22 +83,22 @@ class Tiny(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.mixture = Mixture(shape)
-        self.sampling = host.model_sampling
+        self.host = [host]  # in a list: it is no part of the network; nodes exchange its model_sampling
         self.kind = host.model_type.name
 
     def forward(self, x, t, context=None, **_):
         if self.kind == "FLOW":
-            sigma = float(t[0]) / self.sampling.multiplier
+            sigma = float(t[0]) / self.host[0].model_sampling.multiplier
             alpha = max(1 - sigma, 1e-3)
             return (x - self.predict(x / alpha, sigma / alpha, context)) / sigma
-        sigma = float(self.sampling.sigma(t)[0])
+        sigma = float(self.host[0].model_sampling.sigma(t)[0])
         scale = math.sqrt(1 + sigma**2)
         x = x * scale
         x0 = self.predict(x, sigma, context)
         return (x - x0) / sigma if self.kind == "EPS" else (x / scale**2 - x0) * scale / sigma
 
     def predict(self, x, sigma, context):
-        return self.mixture(x, sigma) + 0.1 * context.mean((1, 2)).view(-1, 1, 1, 1)
+        return self.mixture(x, sigma) + 0.1 * context.mean((1, 2)).view(-1, 1, 1, 1) + self.weight
 
 
 def tiny_model(kind):
@@ -106,7 +107,9 @@ def tiny_model(kind):
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = getattr(comfy.supported_models, KINDS[kind])({"disable_unet_model_creation": True, "in_channels": 4})
+    config = getattr(comfy.supported_models, KINDS[kind])(
+        {"disable_unet_model_creation": True, "in_channels": 4, "model_channels": 320}
+    )
     family = comfy.model_base.SD3 if KINDS[kind] == "SD3" else comfy.model_base.BaseModel
     types = {"SD15": "EPS", "SD20": "V_PREDICTION", "SD3": "FLOW"}
     host = family(config, getattr(comfy.model_base.ModelType, types[KINDS[kind]]), device="cpu")
@@ -118,7 +121,7 @@ def conditioning(value):
     return [[torch.full((1, 4, 8), value), {"pooled_output": torch.zeros(1, 8)}]]
 
 
-def sample(model, sampler, seed=3, batch=1):
+def sample(model, sampler, seed=3, batch=1, mask=None):
     """Finished latents of KSampler, as a LATENT wire carries them. All images of the batch begin with equal noise."""
     import comfy.sample
 
@@ -127,7 +130,7 @@ def sample(model, sampler, seed=3, batch=1):
     both = conditioning(1.0), conditioning(0.0)
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, noise, STEPS, 2.0, sampler, "normal", *both, latent, seed=seed, disable_pbar=True
+            model, noise, STEPS, 2.0, sampler, "normal", *both, latent, seed=seed, disable_pbar=True, noise_mask=mask
         )
 
 
@@ -230,6 +233,10 @@ def node_of(prompt, kind):
     return next(key for key, node in prompt.items() if node["class_type"] == kind)
 
 
+def takes_caching(execution):
+    return "cache_args" in inspect.signature(execution.PromptExecutor.__init__).parameters
+
+
 def examples(pack):
     """Runs the example workflows; variety.json again and again, with the same seed."""
     import execution
@@ -238,7 +245,8 @@ def examples(pack):
     from shielded import ProtectedSet
 
     pack.update(CheckpointLoaderSimple=Checkpoint, SaveImage=Save)
-    executor = execution.PromptExecutor(Server())
+    caching = {"ram": 16.0, "lru": 0}  # which newer versions read
+    executor = execution.PromptExecutor(Server(), **({"cache_args": caching} if takes_caching(execution) else {}))
     variety = example("variety")
     sampled = [run(executor, variety) for _ in range(4)]
     # What Vae decodes to is the latent itself.
@@ -277,8 +285,11 @@ def main():
         few = ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm"]
         names = few if as_json else comfy.samplers.SAMPLER_NAMES
         figures = {kind: {name: measure(pack, kind, name) for name in names} for kind in KINDS}
+        from helpers import comfyui_after
+
+        after = {kind: comfyui_after.measure(pack, kind) for kind in KINDS}
         if as_json:
-            print(json.dumps({"samplers": figures, "examples": examples(pack)}))
+            print(json.dumps({"samplers": figures, "after": after, "examples": examples(pack)}))
             return
     print("| sampler | λ = 1 | λ = 1.6 | two equal images, λ = 1 |")
     print("|---|---|---|---|")
@@ -286,6 +297,11 @@ def main():
         rows = [figures[kind][name] for kind in KINDS]
         cells = [" / ".join(f"{row[key]:.3f}" for row in rows) for key in ("after", "overcompensated", "pair")]
         print(f"| {name} | {' | '.join(cells)} |")
+    print("\n| after SPELL | " + " / ".join(KINDS) + " |\n|---|---|")
+    for name in after[next(iter(KINDS))]:
+        values = [after[k][name] for k in KINDS]
+        cells = ["+".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:.3f}" for value in values]
+        print(f"| {name} | {' / '.join(cells)} |")
     every = [row for samplers in figures.values() for row in samplers.values()]
     idle = sum(row["idle_is_identical"] for row in every)
     unpatched = sum(row["unpatched_is_identical"] for row in every)
@@ -295,4 +311,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.modules["helpers.comfyui_host"] = sys.modules["__main__"]
     main()

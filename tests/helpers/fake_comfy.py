@@ -1,5 +1,6 @@
 """Just enough of ComfyUI to run the node pack without it, and a denoiser small enough for tests."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -55,19 +56,31 @@ class Model:
     def __init__(self, shape=(4, 8, 8), sampling=None, cond_scale=1.0):
         self.denoiser, self.cond_scale = Mixture(shape), cond_scale
         self.inner = SimpleNamespace(model_sampling=sampling or Eps(), latent_format=Scaled())
-        self.wrappers, self.post_cfg = [], []
+        self.wrappers, self.model_options = {"sampler_sample": {}, "predict_noise": {}}, {}
 
     def clone(self):
         clone = Model.__new__(Model)
-        clone.__dict__ = {**self.__dict__, "wrappers": [*self.wrappers], "post_cfg": [*self.post_cfg]}
+        wrappers = {kind: {key: [*of] for key, of in keys.items()} for kind, keys in self.wrappers.items()}
+        clone.__dict__ = {**self.__dict__, "wrappers": wrappers, "model_options": copy.deepcopy(self.model_options)}
         return clone
 
     def add_wrapper_with_key(self, kind, key, wrapper):
-        assert kind == "sampler_sample"
-        self.wrappers.append(wrapper)
+        self.wrappers[kind].setdefault(key, []).append(wrapper)
+
+    def remove_wrappers_with_key(self, kind, key):
+        self.wrappers[kind].pop(key, None)
 
     def set_model_sampler_post_cfg_function(self, function):
-        self.post_cfg.append(function)
+        self.model_options["sampler_post_cfg_function"] = [*self.post_cfg, function]
+
+    @property
+    def post_cfg(self):
+        return self.model_options.get("sampler_post_cfg_function", [])
+
+    def wrapped(self, kind, run):
+        for wrapper in [wrapper for key in self.wrappers[kind].values() for wrapper in key][::-1]:
+            run = partial(wrapper, run)
+        return run
 
     def get_model_object(self, name):
         return getattr(self.inner, name)
@@ -89,11 +102,15 @@ class Model:
             denoised = function({**args, "denoised": denoised})
         return denoised
 
+    def combine(self, x, sigma):
+        """What a guider makes of the predictions; another guider in some tests."""
+        return self.denoise(x, float(sigma[0]))
+
     def euler(self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask):
         sampling = self.inner.model_sampling
         x = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise))
         for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-            denoised = self.denoise(x, sigma)
+            denoised = self.wrapped("predict_noise", self.combine)(x, torch.full((len(x),), sigma))
             if denoise_mask is not None:
                 denoised = denoised * denoise_mask + latent_image * (1 - denoise_mask)
             x = denoised + (x - denoised) * following / sigma
@@ -104,10 +121,10 @@ class Model:
         flow = isinstance(self.inner.model_sampling, Flow)
         if sigmas is None:
             sigmas = torch.linspace(1, 0, 13) if flow else torch.cat([torch.logspace(1, -2, 12), torch.zeros(1)])
-        run = self.euler
-        for wrapper in self.wrappers:
-            run = partial(wrapper, run)
-        samples = run(SimpleNamespace(inner_model=self.inner), sigmas, {}, None, noise, latent_image, denoise_mask)
+        run = self.wrapped("sampler_sample", self.euler)
+        guider = SimpleNamespace(inner_model=self.inner, model_options={"wrappers": self.wrappers})
+        extra = {"model_options": self.model_options}
+        samples = run(guider, sigmas, extra, None, noise, latent_image, denoise_mask)
         return self.inner.latent_format.process_out(samples)
 
 
@@ -151,7 +168,9 @@ def install(monkeypatch, folder):
         "comfy_api": {},
         "comfy_api.latest": {"io": io, "ComfyExtension": object},
         "comfy": {},
-        "comfy.patcher_extension": {"WrappersMP": SimpleNamespace(SAMPLER_SAMPLE="sampler_sample")},
+        "comfy.patcher_extension": {
+            "WrappersMP": SimpleNamespace(SAMPLER_SAMPLE="sampler_sample", PREDICT_NOISE="predict_noise")
+        },
         "folder_paths": {
             "get_user_directory": lambda: str(folder / "user"),
             "get_input_directory": lambda: str(folder / "input"),
