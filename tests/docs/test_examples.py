@@ -22,6 +22,7 @@ RUN = {
     "k_diffusion_sampler",
     "modular_block",
     "protected_folder",
+    "servers",
 }
 
 
@@ -75,6 +76,12 @@ def test_history(run, tmp_path):
     assert all(numbers[1] >= 26 for ((_, numbers),) in lines[1:])
     points = History.open(tmp_path / "seen").latents.double().flatten(1)
     assert torch.pdist(points).min() >= 26 * (1 - 1e-6)
+
+
+def test_servers(run):
+    lines = run("servers")
+    assert len(lines) == 6
+    assert all(distance >= radius for _, (distance, radius) in lines)
 
 
 def test_inpainting(run):

@@ -338,5 +338,11 @@ def _check_arguments(scheduler: Any, arguments: dict[str, Any]) -> None:
         raise ValueError(f"{name}: s_churn adds noise that the model has not seen; use s_churn=0.")
     if arguments.get("per_token_timesteps") is not None:
         raise ValueError(f"{name}: per_token_timesteps gives each token a noise level of its own; leave it out.")
+    timestep = arguments.get("timestep")
+    if isinstance(timestep, Tensor) and timestep.numel() > 1 and bool((timestep != timestep.flatten()[0]).any()):
+        raise ValueError(
+            f"{name}: timestep must be one number for the whole batch; rows of other noise levels step apart, each "
+            "request with a scheduler of its own."
+        )
     if arguments.get("pred_original_sample") is not None:
         raise ValueError(f"{name}: pred_original_sample replaces what the model predicts; leave it out.")
