@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -26,6 +27,7 @@ from shielded.studio.session import Session, copy_descriptor
 from shielded.studio.shown import Result
 
 _LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
 _EXPLAIN = (
     "An image is too near if its latents are closer than the radius to those of a protected image or of another image "
     "(L2 distance in the model's latent space). That is what SPELL keeps; it is not a promise that two pictures do not "
@@ -77,11 +79,23 @@ def build(
     server = Server()
     threshold = copy_descriptor().threshold or 1.0
 
-    def opened(session: Session | None) -> Session:
-        try:
-            return session or Session(first.pipe, first.name, first.options, server)
-        except ValueError as error:
-            raise _refusal(error) from None
+    def in_session(act: Callable[..., _T]) -> Callable[..., _T]:
+        """Open a session for a visitor who has none, and close it if the act fails: the page would not learn of it."""
+
+        @functools.wraps(act)
+        def call(session: Session | None, *values: Any, **options: Any) -> _T:
+            try:
+                own = session or Session(first.pipe, first.name, first.options, server)
+            except ValueError as error:
+                raise _refusal(error) from None
+            try:
+                return act(own, *values, **options)
+            except BaseException:
+                if session is None:
+                    own.close()
+                raise
+
+        return call
 
     def effect(session: Session | None, radius: float, strength: float, release: float, end: float) -> str:
         space = first_space if session is None else session.space
@@ -101,8 +115,8 @@ def build(
         radius = job["radius"] if given is None else round(given / session.space.dim**0.5, 3)
         return radius, job["overcompensation"], job["release"], choices.describe(names)
 
-    def protect(session: Session | None, names: list[str], files: list[str] | None) -> tuple[Any, ...]:
-        session = opened(session)
+    @in_session
+    def protect(session: Session, names: list[str], files: list[str] | None) -> tuple[Any, ...]:
         paths = [_uploaded(file) for file in files or []]
         try:
             return *_protection(session, lambda: session.protect_files(paths)), *presets(session, names)
@@ -110,18 +124,18 @@ def build(
             for path in paths:  # the session has what it needs of them
                 Path(path).unlink(missing_ok=True)
 
-    def protect_result(session: Session | None, names: list[str]) -> tuple[Any, ...]:
-        session = opened(session)
+    @in_session
+    def protect_result(session: Session, names: list[str]) -> tuple[Any, ...]:
         return *_protection(session, session.protect_result), *presets(session, names)
 
-    def clear(session: Session | None, names: list[str]) -> tuple[Any, ...]:
-        session = opened(session)
+    @in_session
+    def clear(session: Session, names: list[str]) -> tuple[Any, ...]:
         session.clear()
         return *_protection(session, lambda: ""), *presets(session, names)
 
-    def choose(session: Session | None, model: str, names: list[str]) -> tuple[Any, ...]:
+    @in_session
+    def choose(session: Session, model: str, names: list[str]) -> tuple[Any, ...]:
         """Go on with another model or other sets."""
-        session = opened(session)
         try:
             chosen = choices.open(model)
             session.use(chosen.pipe, chosen.name, chosen.options)
@@ -130,13 +144,13 @@ def build(
             raise _refusal(error) from None
         return *_protection(session, lambda: ""), *values, chosen.preset.steps, _memory(session)
 
-    def forget(session: Session | None) -> tuple[Session, str]:
-        session = opened(session)
+    @in_session
+    def forget(session: Session) -> tuple[Session, str]:
         session.forget()
         return session, _memory(session)
 
-    def run(session: Session | None, names: list[str], copies: float, *values: Any, progress: Any) -> tuple[Any, ...]:
-        session = opened(session)
+    @in_session
+    def run(session: Session, names: list[str], copies: float, *values: Any, progress: Any) -> tuple[Any, ...]:
         text, n, seed, steps, *rest = values
         settings = Settings(text, int(n), int(seed), int(steps), *rest)
         progress(0, desc="waiting for the model")
