@@ -12,6 +12,7 @@ from PIL import Image
 
 from helpers import pipelines
 from shielded import LatentSpace, ProtectedSet, Spell
+from shielded.evaluation.reproduce import Setting, Study
 from shielded.generation import generate
 from shielded.models.calls import conditioning, images_of, needs_prompt
 from shielded.radius.calibrate import calibrate
@@ -172,3 +173,14 @@ def test_models_that_need_no_prompt_are_known_by_their_folder(ddpm, tmp_path):
     for name, needs in [("DiTPipeline", True), ("DDIMPipeline", False), ("SomebodysPipeline", True)]:
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
         assert needs_prompt(str(tmp_path)) is needs
+
+
+def test_experiments_take_classes(tmp_path):
+    pipe = pipelines.PIPELINES["dit"]().pipe
+    pipe.set_progress_bar_config(disable=True)
+    study = Study(tmp_path, ["1", "2"], images=2, seeds=1, model="dit", steps=2, progress=False)
+    vars(study).update(pipe=pipe, call={"guidance_scale": 2.0})  # in place of the one to be loaded
+    made = [study.make(setting, "2", 0, None) for setting in (Setting("plain"), Setting("SPELL", "spell", 1e4))]
+    assert made[0]["pair"].min() < 1e4 * (1 - 1e-4) <= made[1]["pair"].min()
+    again = study.make(Setting("plain"), "1", 0, None)["latents"]
+    assert not torch.equal(again, made[0]["latents"])

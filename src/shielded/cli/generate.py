@@ -70,9 +70,12 @@ def generate(
     ] = False,
     history: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep away from images of earlier runs too, remembered in this folder."),
+        typer.Option(metavar="DIR", help="Keep away from images of earlier runs too, remembered here."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", metavar="", help="Go on with a run that was stopped.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", metavar="", help="Go on with a run that was stopped.", rich_help_panel=RUNNING),
+    ] = False,
     overwrite: Overwrite = False,
     seed: Annotated[
         int | None,
