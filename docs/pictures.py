@@ -2,14 +2,20 @@
 
 python docs/pictures.py                  # shields.svg and overlap.svg; needs matplotlib
 python docs/pictures.py --demo demo      # overview.webp
+python docs/pictures.py --report hearts  # report.png, from `shielded generate "red heart" -n 8 --out hearts`
+python docs/pictures.py --studio         # studio.png; the last two need playwright and a Chromium
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -103,6 +109,50 @@ def overview(demo: Path) -> Image.Image:
     return stack([protection_grid(rows, report["radius"]), Image.open(demo / "diversity.png")])
 
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@contextmanager
+def browser_page(height: int) -> Iterator[Any]:
+    """A page in a headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield browser.new_page(viewport={"width": 1280, "height": height}, color_scheme="light")
+        browser.close()
+
+
+def report(run: Path, file: Path) -> None:
+    """The report of a run, down to its first pictures."""
+    with browser_page(1240) as page:
+        page.goto((run / "report.html").resolve().as_uri())
+        page.screenshot(path=file)
+
+
+def studio(file: Path) -> None:
+    """The studio after two runs: the second keeps away from the pictures of the first."""
+    from shielded.studio.page import LAUNCH, build
+
+    app = build().queue()
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    with browser_page(1300) as page:
+        page.set_default_timeout(120_000)
+        page.goto(url)
+        page.get_by_label("number input for Steps").fill("25")
+        generate = page.get_by_role("button", name="Generate", exact=True)
+        generate.click()
+        page.locator("#summary").get_by_text("apart without").wait_for()
+        page.get_by_role("button", name="Protect the images made without SPELL").click()
+        page.locator("#status").get_by_text("4 of your pictures").wait_for()
+        generate.click()
+        page.locator("#summary").get_by_text("to a protected image").wait_for()
+        page.wait_for_timeout(1000)  # until the pictures have come
+        page.screenshot(path=file, full_page=True)
+    app.close()
+
+
 def _plain(ax: pyplot.Axes, title: str) -> None:
     ax.set(title=title, xticks=[], yticks=[], aspect="equal")
     ax.spines[:].set_color("#d1d5db")
@@ -112,11 +162,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     parser.add_argument("--demo", type=Path, help="what `shielded demo` wrote; without it, the drawings")
+    parser.add_argument("--report", type=Path, help="what `shielded generate` wrote")
+    parser.add_argument("--studio", action="store_true", help="start a studio and use it")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.demo:
         with replacing(args.out / "overview.webp") as draft:
             overview(args.demo).save(draft, format="WebP", quality=90)
+        return
+    if args.report:
+        report(args.report, args.out / "report.png")
+    if args.studio:
+        studio(args.out / "studio.png")
+    if args.report or args.studio:
         return
     for draw in (shields, overlap):
         with replacing(args.out / f"{draw.__name__}.svg") as draft:

@@ -132,6 +132,15 @@ def test_stations_of_the_architecture_are_in_the_code():
                 tree = found[0]
 
 
+def test_pages_of_jobs_are_short():
+    """Two screens each: the jobs are what the site lists first."""
+    jobs = re.search(r"- Jobs:\n((?: {6}- .*\n)+)", (ROOT / "mkdocs.yml").read_text())
+    for file in re.findall(r": (\S+\.md)$", jobs[1], re.MULTILINE):
+        text = (ROOT / "docs" / file).read_text()
+        assert len(text.split()) <= 700, f"{file} has {len(text.split())} words"
+        assert text.count("\n") <= 90, file
+
+
 def anchors(page):
     """The anchors of a page's headings, as GitHub and the site make them."""
     titles = re.findall(r"^#+ (.+?)\s*$", prose(page), re.MULTILINE)

@@ -43,11 +43,11 @@ _CSS = """
 #ask {grid-area: ask} #settings {grid-area: settings} #results {grid-area: results}
 #bench > * {min-width: 0 !important; width: 100%}
 @media (max-width: 56rem) {#bench {grid-template: "ask" auto "results" auto "settings" auto / minmax(0, 1fr)}}
-#table {overflow-x: auto}
-#table table {width: 100%; border-collapse: collapse; font-size: .875rem}
-#table :is(th, td) {padding: .375rem .625rem; text-align: left; vertical-align: top}
-#table tr + tr, #table tbody tr {border-top: 1px solid var(--border-color-primary)}
-#table td:last-child {min-width: 18rem}
+#table .scroll {overflow-x: auto}
+#table table {width: 100%; border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums}
+#table :is(th, td) {padding: .25rem .625rem; text-align: left; vertical-align: top; border: 0}
+#table tbody tr:not(.below) {border-top: 1px solid var(--border-color-primary)}
+#table .below td {padding-bottom: .5rem}
 .trace svg {width: 100%; overflow: visible; font: 12px sans-serif}
 .trace svg text {fill: currentColor}
 .trace .band {fill: #5b8def; opacity: .25; stroke: none}

@@ -56,11 +56,17 @@ class Result:
 
     @property
     def table(self) -> str:
-        """Columns and rows as HTML."""
-        head = Markup("").join(Markup("<th>{}</th>").format(column) for column in self.columns)
-        rows = [Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row) for row in self.rows]
-        body = Markup("").join(Markup("<tr>{}</tr>").format(row) for row in rows)
-        return str(Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(head, body))
+        """Columns and rows as HTML; what happened, the last column, stands below the others."""
+        *columns, last = self.columns
+        row = Markup("<tr>{}</tr>").format
+        head = row(Markup("").join(Markup("<th>{}</th>").format(column) for column in columns))
+        body = Markup("")
+        for *cells, sentences in self.rows:
+            body += row(Markup("").join(Markup("<td>{}</td>").format(cell) for cell in cells))
+            below = Markup('<td colspan="{}" title="{}">{}</td>').format(len(columns), last, sentences)
+            body += Markup('<tr class="below">{}</tr>').format(below)
+        table = Markup("<table><thead>{}</thead><tbody>{}</tbody></table>").format(head, body)
+        return str(Markup('<div class="scroll">{}</div>').format(table))
 
 
 def result_of(pair: PairReport, archive: Path) -> Result:

@@ -48,4 +48,4 @@ def picture_table(study: Study, rows: Sequence[dict[str, Any]], protected: Tenso
 def _images(cell: Cell, alt: str) -> str:
     files = [cell[name] for name in sorted(cell) if name.startswith(PICTURE)]
     data = [base64.b64encode(file.numpy().tobytes()).decode("ascii") for file in files]
-    return "".join(f'<img alt="{escape(alt)}" width="96" src="data:image/webp;base64,{each}">' for each in data)
+    return "".join(f'<img alt="{escape(alt)}" width="80" src="data:image/webp;base64,{each}">' for each in data)
