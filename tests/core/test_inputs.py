@@ -98,7 +98,7 @@ def test_pictures_as_arrays_of_bytes():
         with pytest.raises(TypeError, match="of bytes; got"):
             space.encode(wrong)
     for paths in ("photos", Path("photos"), ["a.png"], [Path("a.png")]):
-        with pytest.raises(TypeError, match="given as paths"):
+        with pytest.raises(TypeError, match="PIL images, not paths"):
             space.encode(paths)
 
 

@@ -166,7 +166,7 @@ def check_images(images: Any, num_frames: int | None = None) -> list[Any]:
     """
     first = images[0] if isinstance(images, list | tuple | np.ndarray) and len(images) else images
     if isinstance(first, str | Path):
-        raise TypeError("Pictures are given as paths; `shielded.protected.load_images` reads them.")
+        raise TypeError("Expected PIL images, not paths; `shielded.protected.load_images` reads them.")
     if isinstance(first, np.ndarray):
         images = _from_bytes(images)
     clips = "" if num_frames is None else f", videos as lists of {num_frames} of them"
