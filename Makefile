@@ -4,7 +4,7 @@ OUT ?= demo
 
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs lint comfyui
+.PHONY: demo test test-older docs lint comfyui
 .DELETE_ON_ERROR:
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,23 @@ demo: .venv/.installed
 # One process per core: most tests are many small operations on one thread.
 test: .venv/.developing lint
 	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
+
+# The suite with older diffusers and transformers, in environments of their own: .venv-0.35.2 and .venv-0.36.0. Everything
+# else is pinned as usual, but for what these two decide. What only older versions warn about does not fail the run.
+OLDER = 0.35.2+4.56.2 0.36.0+4.57.3
+
+test-older: $(OLDER:%=test-older-%)
+
+test-older-%: constraints.txt pyproject.toml
+	$(eval older := $(subst +, ,$*))
+	$(eval venv := .venv-$(word 1,$(older)))
+	test -x $(venv)/bin/python || $(PYTHON) -m venv $(venv)
+	grep -viE '^(diffusers|transformers|huggingface_hub|tokenizers|gradio|gradio_client|hf-gradio)==' constraints.txt \
+		> $(venv)/constraints.txt
+	$(venv)/bin/pip install --quiet --disable-pip-version-check -c $(venv)/constraints.txt -e '.[dev]' \
+		diffusers==$(word 1,$(older)) transformers==$(word 2,$(older))
+	$(venv)/bin/pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
+	$(venv)/bin/python -m pytest -W default -rs --numprocesses auto --dist worksteal
 
 docs: .venv/.developing
 	.venv/bin/mkdocs build --strict

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from data import Emoji, load
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from shielded import LatentSpace
 from shielded.spell.posterior import measure_calibration
@@ -32,6 +33,12 @@ def write_calibration(folder: Path, data: Emoji, sample: int) -> None:
     measure_calibration(pipe, clean, captions, space=space.fingerprint).save(folder / "calibration.json")
 
 
+def name_for_transformers_4(path: Path) -> None:
+    """Name the text encoder's weights as transformers 4 does, which leaves others at random; 5 reads both."""
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "model", "vae", "encoder", "out"):
@@ -42,6 +49,7 @@ def main() -> None:
     vae = AutoencoderTiny.from_pretrained(args.vae, dtype=torch.float16)
     pipe = StableDiffusionPipeline.from_pretrained(args.model / "pipeline", vae=vae, dtype=torch.float16)
     pipe.save_pretrained(args.out)
+    name_for_transformers_4(args.out / "text_encoder" / "model.safetensors")
     pipe.tokenizer.backend_tokenizer.model.save(str(args.out / "tokenizer"))  # for transformers 4
     for file in args.out.rglob("*.json"):  # where the parts came from is nobody's business
         content = json.loads(file.read_text())

@@ -20,7 +20,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from helpers.pipelines import causal, kl, model, randn, tiny
+from helpers.pipelines import causal, kl, model, of_diffusers, randn, tiny
 from shielded.latent_space import LatentSpace, families
 
 SIZE, SIDES = (32, 64), ("height", "width")
@@ -185,7 +185,7 @@ def _unknown(cls: str) -> Any:
 
 def stub(name: str) -> Any:
     """A pipeline of this class with a tiny autoencoder and a scheduler, and nothing that denoises."""
-    cls = getattr(diffusers, name)
+    cls = of_diffusers(name)
     parts: dict[str, Any] = dict.fromkeys(cls._get_signature_keys(cls)[0])
     vae = part(name, "vae")
     if vae is not None:

@@ -1,8 +1,8 @@
 """The keyword of the guidance scale, for the pipelines of all presets."""
 
-import diffusers
 import pytest
 
+from helpers.pipelines import of_diffusers
 from shielded.models import guidance_option, load
 
 
@@ -24,7 +24,7 @@ from shielded.models import guidance_option, load
     ],
 )
 def test_each_pipeline_takes_it_by_this_name(pipeline, option):
-    assert guidance_option(getattr(diffusers, pipeline)) == option
+    assert guidance_option(of_diffusers(pipeline)) == option
 
 
 def test_the_embedded_model():

@@ -15,6 +15,7 @@ from shielded._extras import missing, watched
 from shielded.models import DEFAULT_MODEL
 from shielded.models.guidance import guidance_option
 from shielded.models.presets import PRESETS, preset_of
+from shielded.models.versions import dtype_option
 
 
 def names() -> list[str]:
@@ -48,7 +49,7 @@ def load(
         if isinstance(source, Path):
             _import(source)
         try:
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True)  # pickles can run code
+            pipe = DiffusionPipeline.from_pretrained(source, **dtype_option(dtype), use_safetensors=True)  # no pickle
         except OSError as error:
             if isinstance(source, Path):
                 raise
