@@ -5,6 +5,7 @@
 
 import json
 import math
+import os
 import struct
 import zlib
 from dataclasses import replace
@@ -107,6 +108,9 @@ def test_nothing_forged_nothing_found(folder, space):
         ("radius", 10**100),
         ("inside", True),
         ("inside", 0),
+        ("copy", False),
+        ("copy", True),
+        ("copy_similarity", 0.1),
         ("attempts", 4),
         ("attempts", 1),
         ("attempts", math.nan),
@@ -337,3 +341,33 @@ def test_a_log_that_the_report_does_not_name_shows(folder, space, change):
         AuditLog(log.path).close()
     problems = verified(folder, space)[1]
     assert any("is missing" in p if change == "deleted" else "its end differs" in p for p in problems)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nowhere"])
+@pytest.mark.parametrize("what", ["log", "certificate"])
+def test_a_log_or_certificate_that_is_no_file_is_no_missing_one(folder, space, what, kind):
+    path = folder / "with" / (LOG if what == "log" else "white.json")
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    image, log = verified(folder, space)
+    (problem,) = log if what == "log" else image.problems
+    assert "cannot be read" in problem
+    assert "no file" in problem
+
+
+@pytest.mark.parametrize("name", [-1, 10**30, -(10**18), 0])
+def test_whole_numbers_are_found_as_ids(space, tmp_path, name):
+    latents = space.encode([Image.new("RGB", (128, 128), colour) for colour in ("red", "white")])
+    protected = ProtectedSet.create(tmp_path / "set", space)
+    protected.add(latents[:1], [name], RADIUS)
+    (tmp_path / "with").mkdir()
+    file = tmp_path / "with" / "white.png"
+    Image.new("RGB", (128, 128), "white").save(file)
+    (certificate,) = certify(latents[1:], [file], protected, decoded=latents[1:])
+    attach_certificate(file, certificate)
+    assert verified(tmp_path, space)[0].problems == []

@@ -66,12 +66,18 @@ def read_log(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[s
     """Read and check a log.
 
     Returns:
-        its lines, as far as they are JSON objects, and what is wrong with it, a sentence each.
+        its lines, as far as they are JSON objects, and what is wrong with it, a sentence each: also that it cannot be
+        read.
     """
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     previous = ""
-    lines = Path(path).read_bytes().split(b"\n")
+    try:
+        if not Path(path).is_file():  # a pipe would wait for its writer
+            raise OSError("it is no file")
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        return [], [f"it cannot be read: {error.strerror or error}"]
     if lines.pop():  # what follows the last line's end
         problems.append("its last line is cut")
     for number, line in enumerate(lines, 1):
@@ -120,6 +126,10 @@ def reported_logs(folder: Path) -> dict[str, list[str]]:
         return {}
     if not log.is_file():
         return {str(log): [f"it is missing, and {report} names it"]}
+    try:
+        found = log_sha256(log)
+    except OSError:
+        return {}  # `read_log` says so
     return {
-        str(log): [] if log_sha256(log) == expected else [f"it is not the log that {report} names: its end differs"]
+        str(log): [] if found == expected else [f"it is not the log that {report} names: its end differs"]
     }

@@ -43,7 +43,12 @@ def refuted_copy(claim: Certificate, found: dict[str, Any]) -> list[str]:
         found: `copy_fields` of its picture now, against the version of the set that it names.
     """
     if not found:
-        return [] if claim.descriptor is None else ["its certificate names a descriptor, and the set has none"]
+        if claim.descriptor is not None:
+            return ["its certificate names a descriptor, and the set has none"]
+        said = (claim.copy_id, claim.copy_similarity, claim.copy_threshold, claim.copy)
+        if any(value is not None for value in said):
+            return ["its certificate says whether it is a copy, and the set has no descriptor to tell that"]
+        return []
     if claim.descriptor is None:
         return ["its certificate does not say whether it is a copy, and the set has a descriptor"]
     if claim.descriptor != found["descriptor"]:

@@ -9,6 +9,8 @@ that was written. What is neither computed nor in a log that holds is listed as 
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -113,8 +115,8 @@ def verify_images(
     problems: dict[str, list[str]] = {}
     for folder in dict.fromkeys(file.parent for file, _ in loaded):
         path = folder / LOG
-        logs[folder] = log = _Log(*read_log(path)) if path.is_file() else _Log([], [])
-        if path.is_file():
+        logs[folder] = log = _Log(*read_log(path)) if os.path.lexists(path) else _Log([], [])
+        if os.path.lexists(path):
             problems[str(path)] = log.problems
         for name, reported in reported_logs(folder).items():
             log.problems += reported
@@ -207,7 +209,7 @@ class _Check:
             self.inner = self._parsed(_inner_text(file), "inside it")
             self.outer = self._parsed(_outer_text(file), f"beside it ({beside(file).name})")
         except Exception as error:  # decoders raise all kinds of errors on broken files
-            self.problems.append(f"its certificate cannot be read: {type(error).__name__}")
+            self.problems.append(f"its certificate cannot be read: {error or type(error).__name__}")
         claims = [claim for claim in (self.outer, self.inner) if claim is not None]
         same = len(claims) == 2 and len({certificate_sha256(claim.content) for claim in claims}) == 1
         self.claims = claims[:1] if same else claims
@@ -425,13 +427,16 @@ def _inner_text(file: Path) -> str | None:
 
 
 def _outer_text(file: Path) -> str | None:
-    return beside(file).read_text(errors="replace") if beside(file).is_file() else None
+    path = beside(file)
+    if os.path.lexists(path) and not path.is_file():
+        raise OSError(f"{path.name} is no file")
+    return path.read_text(errors="replace") if path.is_file() else None
 
 
 def _rows(protected: ProtectedSet, names: Sequence[str | None]) -> dict[str, int]:
     """Find the rows of ids; certificates hold the text of an id, and a set may have numbers."""
     keys: list[Id] = [name for name in names if name is not None]
-    keys += [int(name) for name in keys if isinstance(name, str) and name.isdecimal() and len(name) < 19]
+    keys += [int(name) for name in keys if isinstance(name, str) and re.fullmatch("-?[0-9]{1,999}", name)]
     if isinstance(protected.ids, Ids):
         found = protected.ids.rows(keys)
     else:
