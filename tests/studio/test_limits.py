@@ -93,6 +93,10 @@ def test_the_server_has_room_for_so_many_sessions(pipe, monkeypatch):
         ("127.0.0.1", "localhost:7860", "http://evil.example", 403),
         ("127.0.0.1", "localhost:7860", "http://localhost:3000", 403),
         ("127.0.0.1", "localhost:7860", "null", 403),
+        ("127.0.0.1", "localhost:7860", "http://[", 403),
+        ("127.0.0.1", "localhost:7860", "https://localhost:7860/page", 403),
+        ("127.0.0.1", "localhost:7860/evil.example", None, 421),
+        ("127.0.0.1", "localhost:7860#evil.example", None, 421),
     ],
 )
 def test_host_and_origin(listens, host, origin, status):

@@ -150,7 +150,8 @@ class OwnHostOnly:
         origins = [value for name, value in headers if name == "origin"]
         if len(hosts) != 1 or not self.is_own(hosts[0]):
             return 421, "This server does not answer for that host."
-        if any(urlsplit(origin).netloc.lower() != hosts[0].lower() or "://" not in origin for origin in origins):
+        own = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}
+        if any(origin.lower() not in own for origin in origins):
             return 403, "Pages of other sites may not use this server."
         return None
 
@@ -161,7 +162,7 @@ class OwnHostOnly:
             name, port = (parts.hostname or "").lower(), parts.port or 80
         except ValueError:
             return False
-        if port != self.port or parts.username is not None:
+        if port != self.port or set(host) & set("/?#@"):
             return False
         listens = self.host.strip("[]").lower()
         if name == listens or (name in ("localhost", "127.0.0.1", "::1") and _is_local(listens)):
