@@ -69,7 +69,7 @@ def test_latents_and_ids_as_arrays(tmp_path):
     assert protected.nearest(latents.numpy())[1] == [[name] for name in protected.ids]
     protected.remove(np.array([10, 12]))
     assert len(protected) == 4
-    for ids in (5, "ab", [1.5, 2.5], np.array([0.5, 1.5]), [None, None]):
+    for ids in (5, "ab", [1.5, 2.5], np.array([0.5, 1.5]), [None, None], [True, False]):
         with pytest.raises(TypeError, match="list of strings or whole numbers"):
             protected.add(latents[:2], ids)
     with pytest.raises(TypeError, match="must be a float tensor, not str"):

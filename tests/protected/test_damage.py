@@ -229,17 +229,22 @@ def test_a_manifest_that_is_nested_too_deeply(filled):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes")
-@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
-def test_files_of_a_set_are_files_of_its_folder(filled, tmp_path, kind):
-    file = filled.path / "000001.safetensors"
-    file.rename(tmp_path / "moved.safetensors")
+@pytest.mark.parametrize("name", ["000001.safetensors", "set.json"])
+@pytest.mark.parametrize("kind", ["link", "circle", "link to nowhere", "folder", "pipe"])
+def test_files_of_a_set_are_files_of_its_folder(filled, tmp_path, kind, name):
+    file = filled.path / name
+    file.rename(tmp_path / "moved")
     if kind == "link":
-        file.symlink_to(tmp_path / "moved.safetensors")
+        file.symlink_to(tmp_path / "moved")
+    elif kind == "circle":
+        file.symlink_to(name)
+    elif kind == "link to nowhere":
+        file.symlink_to("nowhere")
     elif kind == "folder":
         file.mkdir()
     else:
         os.mkfifo(file)
-    with pytest.raises(ValueError, match=r"000001\.safetensors is damaged: it is "):
+    with pytest.raises(ValueError, match=rf"{name} is damaged: it is "):
         ProtectedSet.open(filled.path)
 
 

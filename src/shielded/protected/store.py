@@ -150,9 +150,9 @@ def require_no_remains(folder: Path) -> None:
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+    if os.path.lexists(path) and _regular(path).stat().st_size > _MAX_MANIFEST_BYTES:
         raise ValueError(f"{path} is damaged: it is too large.")
-    return _regular(path).read_text("utf-8")
+    return path.read_text("utf-8")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -403,15 +403,20 @@ def _read(folder: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _existing(path: Path) -> Path:
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path} is missing, a part of the protected set.")
     return _regular(path)
 
 
 def _regular(path: Path) -> Path:
     """Refuse what is no file of the folder: a link that leads out of it, a pipe, a folder."""
-    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
-        raise ValueError(f"{path} is damaged: it is a link to a file outside the set.")
+    if path.is_symlink():
+        try:
+            inside = path.resolve(strict=True).parent == path.parent.resolve()
+        except (OSError, RuntimeError):  # RuntimeError: a circle, before Python 3.13
+            raise ValueError(f"{path} is damaged: it is a link to no file.") from None
+        if not inside:
+            raise ValueError(f"{path} is damaged: it is a link to a file outside the set.")
     if not path.is_file():
         raise ValueError(f"{path} is damaged: it is no file.")
     return path

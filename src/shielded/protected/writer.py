@@ -344,7 +344,7 @@ def checked_ids(ids: Iterable[Id]) -> list[Id]:
     given = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else ids
     single = isinstance(given, str) or not isinstance(given, Iterable)
     names = [int(name) if isinstance(name, np.integer) else name for name in (() if single else given)]
-    if single or not all(isinstance(name, str | int) for name in names):
+    if single or not all(isinstance(name, str | int) and not isinstance(name, bool) for name in names):
         raise TypeError("ids must be a list of strings or whole numbers.")
     return names
 
