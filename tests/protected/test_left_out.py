@@ -308,6 +308,42 @@ def test_columns_of_other_bytes_are_no_images(tmp_path):
     assert add(tmp_path, tmp_path / "a.parquet", strict=True).added == 1
 
 
+def test_a_column_of_images_of_any_type_is_read(tmp_path):
+    column = [encoded(number) for number in range(3)]
+    longest = max(map(len, column))
+    types = {
+        "dictionary": pa.array(column).dictionary_encode(),
+        "one size": pa.array([data.ljust(longest, b"\0") for data in column], pa.binary(longest)),
+        "views": pa.array(column, pa.binary_view()),
+    }
+    for number, (name, values) in enumerate(types.items(), 1):
+        path = str(tmp_path / f"{number}.arrow")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, pa.schema({name: values.type})) as writer:
+            writer.write_table(pa.table({name: values}))
+        assert add(tmp_path, path, strict=True).found == 3
+
+
+def test_a_table_without_images_never_ends_the_walk(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "b.png").write_bytes(encoded(0))
+    parquet.write_table(pa.table({"file_name": ["b.png"], "width": [16]}), tmp_path / "data" / "a.parquet")
+    result = add(tmp_path, tmp_path / "data", strict=True)
+    assert (result.added, result.not_looked_at) == (1, {"tables without a column of images": 1})
+    parquet.write_table(pa.table({"pixels": [[[0, 1], [2, 3]]]}), tmp_path / "data" / "c.parquet")
+    result = add(tmp_path, tmp_path / "data")
+    assert (result.added, result.not_looked_at) == (1, {"tables without a column of images": 2})
+    with pytest.raises(ValueError, match=r"c\.parquet is not looked at: tables without a column of images"):
+        add(tmp_path, tmp_path / "data", strict=True)  # numbers may be the pixels of pictures
+    with pytest.raises(ValueError, match="has no column of images"):
+        add(tmp_path, tmp_path / "data" / "a.parquet")
+
+
+def test_the_content_of_a_table_decides_its_format(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(stream_of(0, 1))
+    (tmp_path / "b.arrow").write_bytes(parquet_of(2, 3))
+    assert add(tmp_path, [tmp_path / "a.parquet", tmp_path / "b.arrow"], strict=True).added == 4
+
+
 def stream_of(*numbers):
     table, buffer = pa.table({"image": cells(*numbers)}), io.BytesIO()
     with pa.ipc.new_stream(buffer, table.schema) as stream:

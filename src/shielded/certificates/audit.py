@@ -130,6 +130,4 @@ def reported_logs(folder: Path) -> dict[str, list[str]]:
         found = log_sha256(log)
     except OSError:
         return {}  # `read_log` says so
-    return {
-        str(log): [] if found == expected else [f"it is not the log that {report} names: its end differs"]
-    }
+    return {str(log): [] if found == expected else [f"it is not the log that {report} names: its end differs"]}

@@ -27,7 +27,13 @@ from shielded.protected.ingest.pictures import (
     skip,
     unique_name,
 )
-from shielded.protected.ingest.tables import TABLE_SUFFIXES, count_table_pictures, image_columns, table_pictures
+from shielded.protected.ingest.tables import (
+    TABLE_SUFFIXES,
+    NoImagesError,
+    count_table_pictures,
+    image_columns,
+    table_pictures,
+)
 
 Paths = str | Path | Iterable[str | Path]
 
@@ -71,8 +77,8 @@ def require_images(paths: Paths, columns: Sequence[str] = ()) -> None:
             if kind == "table":
                 try:
                     image_columns(path, columns)
-                except ValueError as error:
-                    if columns or "several columns" in str(error) or path == given:
+                except NoImagesError:
+                    if columns or path == given:
                         raise
                 except OSError:
                     pass  # damaged; reading it reports that

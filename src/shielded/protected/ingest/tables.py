@@ -14,13 +14,25 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from shielded._extras import missing
-from shielded.protected.ingest.pictures import IMAGE_SUFFIXES, Picture
+from shielded.protected.ingest.pictures import IMAGE_SUFFIXES, Passed, Picture
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 
 _ROWS_AT_ONCE = 64
 _ROWS_LOOKED_AT = 16  # to tell whether a column holds pictures
 _STREAM_START, _STREAM_END = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
+
+
+class NoImagesError(ValueError):
+    """A table without a column of images; `harmless` if its columns are numbers and text alone."""
+
+    def __init__(self, path: str, schema: Any) -> None:
+        super().__init__(
+            f"{path} has no column of images (a struct with `bytes`, or one binary column); it has {schema.names}."
+        )
+        types = _pyarrow().types
+        other = types.is_nested, types.is_dictionary, types.is_fixed_size_binary
+        self.harmless = not any(is_other(field.type) for field in schema for is_other in other)
 
 
 def table_pictures(name: str, path: str, columns: Sequence[str] = ()) -> Iterator[Picture]:
@@ -33,12 +45,18 @@ def table_pictures(name: str, path: str, columns: Sequence[str] = ()) -> Iterato
 
     Raises:
         RuntimeError: pyarrow is not installed.
-        ValueError: the table has no column of images, or several of which none was named.
+        ValueError: the table has several columns of images of which none was named, or not those that were named.
     """
     pa = _pyarrow()
     row = 0
     try:
-        chosen = image_columns(path, columns)
+        try:
+            chosen = image_columns(path, columns)
+        except NoImagesError as error:
+            if columns:
+                raise
+            yield Picture(name, path, bytes, Passed("tables without a column of images", error.harmless))
+            return
         for batch in _batches(path, chosen):
             for values in zip(*(batch.column(column).to_pylist() for column in chosen), strict=True):
                 for column, value in zip(chosen, values, strict=True):
@@ -85,11 +103,10 @@ def image_columns(path: str, columns: Sequence[str] = ()) -> list[str]:
     found = [name for name in possible if any(map(_is_picture, values[name]))]
     if not found:  # empty or damaged in these rows: the type decides
         encoded = [field.name for field in schema if field.name in possible and not _is_binary(field.type)]
-        found = encoded or possible
+        sized = _pyarrow().types.is_fixed_size_binary  # pictures are hardly of one size; digests are
+        found = encoded or [field.name for field in schema if field.name in possible and not sized(field.type)]
     if not found:
-        raise ValueError(
-            f"{path} has no column of images (a struct with `bytes`, or one binary column); it has {schema.names}."
-        )
+        raise NoImagesError(path, schema)
     if len(found) > 1:
         raise ValueError(
             f"{path} has several columns of images: {', '.join(found)}; name those to protect with --column (columns=)."
@@ -99,14 +116,16 @@ def image_columns(path: str, columns: Sequence[str] = ()) -> list[str]:
 
 def _may_hold_images(kind: Any) -> bool:
     types = _pyarrow().types
-    if any(is_list(kind) for is_list in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
+    lists = types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_dictionary
+    if any(has_values(kind) for has_values in lists):
         return _may_hold_images(kind.value_type)
     return _is_binary(kind) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
 def _is_binary(kind: Any) -> bool:
     types = _pyarrow().types
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    kinds = types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary
+    return any(is_kind(kind) for is_kind in kinds) and not types.is_decimal(kind)
 
 
 def _is_picture(value: Any) -> bool:
@@ -144,7 +163,7 @@ def _cell_pictures(name: str, source: str, value: Any) -> Iterator[Picture]:
 def _batches(path: str, columns: Sequence[str]) -> Iterator[Any]:
     """Yield record batches of some rows with these columns."""
     pa = _pyarrow()
-    if _head(path) == b"PAR1" or path.lower().endswith(".parquet"):
+    if _is_parquet(path):
         table = pa.parquet.ParquetFile(path)
         yield from table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(columns))
         return
@@ -171,7 +190,7 @@ def _arrow_batches(path: str) -> Iterator[Any]:
 def _sample(path: str) -> tuple[Any, list[dict[str, Any]]]:
     """Read the schema and the first rows of a table, without columns that cannot hold images."""
     pa = _pyarrow()
-    if _head(path) == b"PAR1" or path.lower().endswith(".parquet"):
+    if _is_parquet(path):
         schema = pa.parquet.ParquetFile(path).schema_arrow
     elif _head(path) == b"ARRO":
         schema = pa.ipc.open_file(pa.memory_map(path)).schema
@@ -212,6 +231,12 @@ def _hidden_in_parquet(path: str, size: int) -> str | None:
         if max(ends) < size - 8 - footer and content.find(b"PAR1PAR1") >= 0:
             return "several files were joined, and only the rows of one can be read"
     return None
+
+
+def _is_parquet(path: str) -> bool:
+    """Tell the format by the content, and by the name where that is damaged."""
+    head = _head(path)
+    return head == b"PAR1" or (path.lower().endswith(".parquet") and head not in (b"ARRO", _STREAM_START))
 
 
 def _head(path: str) -> bytes:
