@@ -41,6 +41,7 @@ test-older-%: constraints.txt pyproject.toml
 		> $(venv)/constraints.txt
 	$(venv)/bin/pip install --quiet --disable-pip-version-check -c $(venv)/constraints.txt -e '.[dev]' \
 		diffusers==$(word 1,$(older)) transformers==$(word 2,$(older))
+	$(venv)/bin/pip install --quiet --disable-pip-version-check ftfy # SkyReels before diffusers 0.36 wants it
 	$(venv)/bin/pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
 	$(venv)/bin/python -m pytest -W default -rs --numprocesses auto --dist worksteal
 
