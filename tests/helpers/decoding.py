@@ -248,7 +248,9 @@ def round_trip(name: str) -> tuple[str, LatentSpace]:
         latents = space.encode(torch.zeros(count, 3, height, width))
     assert latents.shape[1:] == space.shape
     theirs = decoder_input(pipe, latents, **_values(pipe, space, latents, grid))
-    torch.testing.assert_close(theirs, z, rtol=1e-4, atol=1e-4)
+    # Some decode image by image, of which the first is seen.
+    torch.testing.assert_close(theirs, z[: len(theirs)], rtol=1e-4, atol=1e-4)
+    assert len(theirs) in (1, len(z))
     with mock.patch.object(vae, "decode", _decode), pytest.raises(Reached) as reached:
         space.decode(latents)
     torch.testing.assert_close(reached.value.args[0], z, rtol=1e-4, atol=1e-4)
