@@ -1,6 +1,7 @@
 # Both commands set up .venv by themselves; nothing has to be installed beforehand but Python 3.11 or later.
 PYTHON ?= python3
 OUT ?= demo
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
 
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -23,9 +24,9 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 demo: .venv/.installed
 	.venv/bin/shielded demo --out $(OUT) --overwrite
 
-# One process per core: most tests are many small operations on one thread.
+# One process per core, since most tests are many small operations on one thread, and one more: some wait for others.
 test: .venv/.developing lint
-	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The suite with older diffusers and transformers, in environments of their own: .venv-0.35.2 and .venv-0.36.0. Everything
 # else is pinned as usual, but for what these two decide. What only older versions warn about does not fail the run.
@@ -43,7 +44,7 @@ test-older-%: constraints.txt pyproject.toml
 		diffusers==$(word 1,$(older)) transformers==$(word 2,$(older))
 	$(venv)/bin/pip install --quiet --disable-pip-version-check ftfy # SkyReels before diffusers 0.36 wants it
 	$(venv)/bin/pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
-	$(venv)/bin/python -m pytest -W default -rs --numprocesses auto --dist worksteal
+	$(venv)/bin/python -m pytest -W default -rs --numprocesses $(WORKERS) --dist worksteal
 
 docs: .venv/.developing
 	.venv/bin/mkdocs build --strict

@@ -288,7 +288,7 @@ def test_parquet_and_saved_datasets(folder, space, tmp_path):
     assert (result.added, result.skipped) == (1, [(f"{plain}/1", "the table has no image in this row")])
     parquet.write_table(pa.table({"text": ["a"]}), plain)
     with pytest.raises(ValueError, match=r"no column of images .* it has \['text'\]"):
-        list(sources.pictures(plain))
+        sources.require_images(plain)
     plain.write_bytes(b"PAR1 but damaged")
     (broken,) = sources.pictures(plain)
     with pytest.raises(ValueError, match="the table is damaged"):

@@ -21,6 +21,7 @@ from shielded.cli import app
 from shielded.latent_space import to_rgb
 from shielded.protected import add_images, load_images
 from shielded.protected.ingest import sources
+from shielded.protected.ingest.pictures import count_frames
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +181,27 @@ def test_an_animation_that_is_cut_off_is_reported(tmp_path, kind, share):
     content = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(content[: int(share * len(content))])
     assert add(tmp_path, tmp_path / "a").skipped
+
+
+@pytest.mark.parametrize("second", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+@pytest.mark.parametrize("first", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+def test_a_picture_joined_behind_another_is_reported(tmp_path, first, second):
+    files = []
+    for number, (kind, options) in enumerate([(first, {}), (second, {})]):
+        for more in ({}, {"JPEG": {"progressive": True, "quality": 30}, "GIF": {"save_all": True}}.get(kind, {})):
+            buffer = io.BytesIO()
+            image(number).save(buffer, kind, **options, **more)
+            files.append(buffer.getvalue())
+    alone, other = files[:2], files[2:]
+    for content in alone:
+        path = tmp_path / "alone"
+        for padded in (b"", b"\0" * 5, *([] if first == "GIF" else [b"a comment"])):
+            path.write_bytes(content + padded)
+            assert count_frames(path.read_bytes()) == (1, None)
+        for behind in other:
+            frames, problem = count_frames(content + b"\0\0" + behind)
+            assert frames >= 1
+            assert "another picture is joined behind" in problem
 
 
 # ---- archives ----

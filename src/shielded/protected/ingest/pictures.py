@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shielded.latent_space import to_rgb
 from shielded.protected.columns import Id
 from shielded.protected.ingest.contents import HEAD_BYTES, not_read, without_pictures
+from shielded.protected.ingest.ends import joined_picture
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ONE_PICTURE = ("PSD",)  # formats whose further frames are parts of the picture
@@ -100,11 +101,12 @@ def count_frames(data: bytes) -> tuple[int, str | None]:
     """
     with _open(data) as image:
         frames = 1 if image.format in _ONE_PICTURE else getattr(image, "n_frames", 1)
-        cut = image.format == "GIF" and not data.rstrip(b"\0").endswith(b";")
-    return (
-        frames,
-        f"the file does not end as a GIF does, so frames behind the first {frames} may be lost" if cut else None,
-    )
+        kind = image.format
+    if joined_picture(data, kind):
+        return frames, "another picture is joined behind the end of this one, and is not looked at"
+    if kind == "GIF" and not data.rstrip(b"\0").endswith(b";"):
+        return frames, f"the file does not end as a GIF does, so frames behind the first {frames} may be lost"
+    return frames, None
 
 
 def unique_name(name: str, taken: set[Id]) -> str:
