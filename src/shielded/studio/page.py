@@ -47,7 +47,7 @@ _CSS = """
 #table table {width: 100%; border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums}
 #table :is(th, td) {padding: .25rem .625rem; text-align: left; vertical-align: top; border: 0}
 #table tbody tr:not(.below) {border-top: 1px solid var(--border-color-primary)}
-#table .below td {padding-bottom: .5rem}
+#table .below td {padding-bottom: .5rem; color: var(--body-text-color) !important; opacity: .8}
 .trace svg {width: 100%; overflow: visible; font: 12px sans-serif}
 .trace svg text {fill: currentColor}
 .trace .band {fill: #5b8def; opacity: .25; stroke: none}
