@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shielded.latent_space import LatentSpace
 from shielded.protected import ProtectedSet, parts_of
+from shielded.samplers.through import Through
 from shielded.spell import Spell
 
 GROWTH = 1.15  # factor of the radius around a copied picture, each time that it is found again
@@ -114,7 +115,7 @@ class _Pursued:
     radius: float
 
 
-class AwayFromCopies:
+class AwayFromCopies(Through):
     """The correction of a Spell, and a shield around each protected picture that an x0 is becoming a copy of.
 
     At the first step at or below each of `LEVELS`, x0 of the images in or near a shield is decoded and compared by the
@@ -132,21 +133,12 @@ class AwayFromCopies:
     def __init__(
         self, spell: Spell, protected: ProtectedSet, space: LatentSpace, log: Callable[..., None] | None
     ) -> None:
-        self.spell, self._protected, self._space, self._log = spell, protected, space, log
-        self.restrict, self.begin_call, self.end_call = spell.restrict, spell.begin_call, spell.end_call
-        self.release, self.release_scale = spell.release, spell.release_scale
+        super().__init__(spell)
+        self._protected, self._space, self._log = protected, space, log
+        self.restrict, self.end_call = spell.restrict, spell.end_call
         self._pursued: dict[int, _Pursued] = {}
         self._coming = list(LEVELS)
         self._far: set[int] = set()  # rows that cannot become copies any more
-
-    @property
-    def guidance(self) -> str | None:
-        """How guidance was released; see `Spell`."""
-        return self.spell.guidance
-
-    @guidance.setter
-    def guidance(self, way: str | None) -> None:
-        self.spell.guidance = way
 
     @property
     def finished(self) -> Tensor | None:
@@ -161,7 +153,7 @@ class AwayFromCopies:
 
     def start(self) -> None:
         """Begin a new trajectory."""
-        self.spell.start()
+        super().start()
         self._pursued, self._coming, self._far = {}, list(LEVELS), set()
 
     def colliding(self, x0: Tensor, *, alpha: float, sigma: float, last: bool = False) -> Tensor | None:

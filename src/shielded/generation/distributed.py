@@ -26,6 +26,7 @@ from torch import Tensor
 from shielded._extras import missing
 from shielded.generation.generated import Generated
 from shielded.generation.packing import as_tensor, pack, unpack
+from shielded.samplers.through import Through
 from shielded.spell import Spell
 
 # How long a process waits for the others, since one may have images to sample again when the others have none. A
@@ -126,7 +127,7 @@ class Share:
         return tensor[self.rows]
 
 
-class Gathered:
+class Gathered(Through):
     """A Spell whose batch is spread over processes; samplers call it instead of the Spell.
 
     The sampler must take the same number of steps in every process, which excludes adaptive step sizes.
@@ -137,7 +138,7 @@ class Gathered:
     """
 
     def __init__(self, spell: Spell, share: Share) -> None:
-        self.spell = spell
+        super().__init__(spell)
         self.share = share
         self.finished: Tensor | None = None
 
@@ -164,36 +165,9 @@ class Gathered:
         rows = self.spell.colliding(self.share.gather(x0), alpha=alpha, sigma=sigma, last=last)
         return None if rows is None else self.share.take(rows)
 
-    @property
-    def release(self) -> float | None:
-        """The noise level down to which guidance is let go; None: never."""
-        return self.spell.release
-
-    @property
-    def release_scale(self) -> float:
-        """The guidance scale of released rows."""
-        return self.spell.release_scale
-
-    @property
-    def guidance(self) -> str | None:
-        """How guidance was released; see `Spell`."""
-        return self.spell.guidance
-
-    @guidance.setter
-    def guidance(self, way: str | None) -> None:
-        self.spell.guidance = way
-
-    def start(self) -> None:
-        """Begin a new trajectory."""
-        self.spell.start()
-
     def restrict(self, mask: Tensor) -> None:
         """Restrict distance and push to a part of the latents; see `Spell`. Every process finds the same one."""
         self.spell.restrict(mask)
-
-    def begin_call(self, one_image: bool = False) -> None:
-        """Begin a call of the pipeline; see `Spell`."""
-        self.spell.begin_call(one_image)
 
     def end_call(self, returned: Tensor | None) -> None:
         """End a call of the pipeline, which returned the latents (size, *S) of this process; see `Spell`."""

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from shielded.samplers.rows import select_rows
+from shielded.samplers.through import Through
 
 _NEEDED = ("step_post", "step_index", "infer_steps", "sigmas")  # of a scheduler that steps by `step_post`
 
 
-class Sharded:
+class Sharded(Through):
     """A Spell for latents of which each process holds a part, as in sequence parallelism; use it as
     `spell.attach(pipe, through=Sharded(spell, gather, take))`.
 
@@ -32,9 +33,8 @@ class Sharded:
     """
 
     def __init__(self, spell: Any, gather: Callable[[Tensor], Tensor], take: Callable[[Tensor], Tensor]) -> None:
-        self.spell, self.gather, self.take = spell, gather, take
-        self.release, self.release_scale = spell.release, spell.release_scale
-        self.start, self.begin_call = spell.start, spell.begin_call
+        super().__init__(spell)
+        self.gather, self.take = gather, take
         self.finished: Tensor | None = None  # the part of this process
 
     def __call__(self, x0: Tensor, *, noise: Tensor | None = None, **options: Any) -> Tensor:
@@ -56,15 +56,6 @@ class Sharded:
     def end_call(self, returned: Tensor | None) -> None:
         """End a call of the pipeline, which returned the part of this process; see `Spell`."""
         self.spell.end_call(None if returned is None else self.gather(returned))
-
-    @property
-    def guidance(self) -> str | None:
-        """How guidance was released; see `Spell`."""
-        return self.spell.guidance
-
-    @guidance.setter
-    def guidance(self, way: str | None) -> None:
-        self.spell.guidance = way
 
 
 @contextmanager
