@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shielded import LatentSpace, ProtectedSet, Spell
@@ -274,6 +274,54 @@ def test_a_batch_is_solved_as_its_images_one_by_one(overlap, own):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
     if overlap == "sum":
         torch.testing.assert_close(together[::40].double(), formula(x[::40], z, radius), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [150, 400])
+def test_a_move_out_of_a_crowd_is_as_short_as_duality_allows(dim):
+    """Any multipliers ν ≥ 0 bound the length of every way out from below; those of the move itself show it shortest."""
+    generator = torch.Generator().manual_seed(13)
+    count, common = 700, torch.randn(12, dim, generator=generator)
+    z = torch.randn(count, 12, generator=generator) @ common + 0.5 * torch.randn(count, dim, generator=generator)
+    x = 0.3 * z[:6] + 0.1 * torch.randn(6, dim, generator=generator)
+    radius = 1.05 * distances(x, z).max().item()
+    move = repellency(x, z, radius, overlap="project").double()
+    assert (distances(x, z) < radius).all()
+    assert (distances(x.double() + move, z) >= radius * (1 - 1e-6)).all()
+    for start, h in zip(x.double().numpy(), move.numpy(), strict=True):
+        offset = start - z.double().numpy()
+        distance = np.linalg.norm(offset, axis=1)
+        touched = np.linalg.norm(offset + h, axis=1) < radius * (1 + 2e-5)
+        assert touched.sum() > 3
+        units = offset[touched] / distance[touched, None]
+        multipliers, _ = nnls(units.T, h)
+        excess, slope = (radius**2 - distance[touched] ** 2) / (2 * distance[touched]), 1 / (2 * distance[touched])
+        energy = np.square(multipliers @ units).sum()
+        least = (multipliers @ excess - energy / 2) / (0.5 + multipliers @ slope)
+        assert np.sqrt(least) <= np.linalg.norm(h) <= np.sqrt(least) * (1 + 1e-4)
+
+
+class Systems(TorchDispatchMode):
+    """The largest system of equations among those that are solved at once."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "linalg" in func.name() and args[0].dim() > 2 and len(args[0]) > 1:
+            self.largest = max(self.largest, args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_large_systems_are_solved_one_by_one():
+    """torch solves several at once wrongly or never, on a CPU and after `torch.set_num_threads`."""
+    generator = torch.Generator().manual_seed(2)
+    z, x = torch.randn(200, 400, generator=generator), 0.2 * torch.randn(3, 400, generator=generator)
+    radius = 1.05 * distances(x, z).max().item()
+    with Systems() as systems:
+        repellency(x, z, radius, overlap="project")
+        repellency(x, torch.cat([z, -z]), radius, overlap="project")  # the way out is at a right angle
+        assert 1 < systems.largest <= 64 or systems.largest == 0
+        repellency(x, z[:20], radius, overlap="project")
+    assert 1 < systems.largest <= 64
 
 
 class Sizes(TorchDispatchMode):

@@ -140,6 +140,7 @@ def test_distances(core, count, dtype):
     for radius in (None, exact):
         assert torch.allclose(core.distances_of(x, z, query, row, squared, error, radius), exact)
     assert core.pair_distances(x, z, query[:0], row[:0]).shape == (0,)
+    assert torch.allclose(core.squared_gaps(z)[0], torch.cdist(z.double(), z.double()).square(), atol=1e-12)
     assert torch.cat([x[:, part] for part in core.column_blocks(x, COUNT)], dim=1).equal(x)
 
 

@@ -22,6 +22,7 @@ from shielded.core.distances import PRECISION, block_elements, column_blocks, di
 from shielded.core.inputs import float_tensor
 from shielded.core.projection import smallest_move, stays_inside, way_out
 from shielded.core.references import Hits, References, TensorReferences, deepest, merge, rank_within_query, unknown
+from shielded.core.rounds import FEW_REFERENCES, Gaps, KnownMoves
 from shielded.core.straight import entered, go_straight
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ Overlap = Literal["sum", "project"]
 
 _MAX_ROUNDS = 12  # of solving for the active shields and searching again where the move led
 _MAX_NEW_SHIELDS = 128  # per round and image; fewer need more rounds, each with a search, more make larger systems
+_ROUNDS_OF_FEWER = 4  # until which the rounds after the first add half as many
 _PROMISED = 1e-3  # share of the radius by which rounding may leave a row of `repellency` inside a shield
 _MAX_ELEMENTS = 1 << 27  # elements of references in memory at once: 512 MiB in float32
 _GROUP_COST = 1e7  # multiplications that take as long as the overhead of one more group of images
@@ -90,9 +92,10 @@ def project_correction(
     inside = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     inside[hits.query] = True
     exact = torch.zeros_like(inside)
-    chosen, found, known = hits[:0], hits, _Known(len(x0), x0.device)
+    chosen, found, known, gaps = hits[:0], hits, KnownMoves(len(x0), x0.device), Gaps()
     for attempt in range(_MAX_ROUNDS):
-        fresh = deepest(unknown(found, chosen), _MAX_NEW_SHIELDS)
+        few = 0 < attempt < _ROUNDS_OF_FEWER  # most moves touch few of the shields that they enter
+        fresh = deepest(unknown(found, chosen), _MAX_NEW_SHIELDS // 2 if few else _MAX_NEW_SHIELDS)
         new = torch.zeros_like(inside)
         new[fresh.query] = True
         # Rows in shields that were solved for: large multipliers amplify the rounding of matrix products.
@@ -104,7 +107,7 @@ def project_correction(
             break
         chosen = merge(chosen, fresh)
         for group_hits in _groups(chosen[solved[chosen.query]], x0.shape[1], pairs=True):
-            group = _Group(x0, references, group_hits, noise)
+            group = _Group(x0, references, group_hits, noise, gaps)
             if attempt:  # new shields were measured from where the move led
                 group_hits.distance = group.distances()
             for shields in _padded(group, group_hits):
@@ -190,16 +193,17 @@ class _Group:
         references: where the vectors of the references are; each is read once.
         hits: (P,) the active shields of the group.
         noise: (B, D), not zero.
+        gaps: distances between references, those of earlier groups.
     """
 
-    def __init__(self, x0: Tensor, references: References, hits: Hits, noise: Tensor) -> None:
+    def __init__(self, x0: Tensor, references: References, hits: Hits, noise: Tensor, gaps: Gaps | None = None) -> None:
         self.query, self.image = hits.query.unique_consecutive(return_inverse=True)  # (n,) rows of x0; (P,)
         self.rows, self.column = hits.row.unique(return_inverse=True)  # (m,); (P,)
         self.x = x0 if len(self.query) == len(x0) else x0[self.query]  # (n, D)
         self.z = references.vectors(self.rows)  # (m, D)
         self.weight = torch.zeros(len(self.query), len(self.rows), dtype=torch.float64, device=x0.device)
         self.along = self.weight.new_zeros(len(self.query))
-        self._noise = noise
+        self._noise, self._gaps = noise, gaps or Gaps()
 
     @cached_property
     def noise(self) -> Tensor:
@@ -215,7 +219,7 @@ class _Group:
     def noise_across(self) -> Tensor:
         """noise · (x − z_k), (n, m) float64."""
         result = torch.zeros_like(self.weight)
-        for part, x, z in self._blocks():
+        for part, x, z in self._blocks(self.z):
             noise = self.noise[:, part].double()
             result += (noise * x).sum(dim=1, keepdim=True) - noise @ z.T
         return result
@@ -223,8 +227,7 @@ class _Group:
     @cached_property
     def between(self) -> tuple[Tensor, float]:
         """Squared distances between the references (m, m) float64, and the largest error bound among them."""
-        squared, error = squared_distances(self.z, self.z)
-        return squared, float(error.max())
+        return self._gaps.of(self.rows, self.z)
 
     def distances(self) -> Tensor:
         """Compute ‖x − z‖ (P,) float64 of the hits."""
@@ -233,18 +236,23 @@ class _Group:
     def add_move(self, delta: Tensor) -> None:
         """Add the moves to delta (B, D), in float64: deep among the references large weights nearly cancel."""
         total, pushed = self.weight.sum(dim=1, keepdim=True), bool(self.along.any())
-        for part, x, z in self._blocks():
-            move = total * x - self.weight @ z
+        weight, z_used = self.weight, self.z
+        if len(z_used) > FEW_REFERENCES:
+            used = (weight != 0).any(dim=0).nonzero().flatten()
+            if len(used) < len(z_used):
+                weight, z_used = weight[:, used], z_used[used]
+        for part, x, z in self._blocks(z_used):
+            move = total * x - weight @ z
             if pushed:
                 move += self.along[:, None] * self.noise[:, part]
             delta[self.query, part] += move.to(delta.dtype)
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield blocks of columns, with x and z there in float64 relative to the mean of x."""
-        for part in column_blocks(self.x, len(self.x) + len(self.z)):
+    def _blocks(self, z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield blocks of columns, with x and the references z there in float64 relative to the mean of x."""
+        for part in column_blocks(self.x, len(self.x) + len(z)):
             x = self.x[:, part].double()
             centre = x.mean(dim=0)
-            yield part, x - centre, self.z[:, part].double() - centre
+            yield part, x - centre, z[:, part].double() - centre
 
 
 @dataclass
@@ -290,35 +298,7 @@ def _padded(group: _Group, hits: Hits) -> Iterator[_Shields]:
         first = last
 
 
-class _Known:
-    """What the moves out of some shields tell of those out of more: how long they are, and which shields they touch.
-
-    Args:
-        count: B.
-        device: of the tensors.
-    """
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._least = torch.zeros(count, dtype=torch.float64, device=device)
-        self._touched = torch.zeros(0, dtype=torch.int64, device=device)
-
-    def of(self, query: Tensor, row: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Guess which of the shields (n, A) of images (n,) are touched, and bound ‖h‖² (n,) from below."""
-        if not len(self._touched):
-            return None, None
-        return torch.isin(self._key(query, row), self._touched), self._least[query]
-
-    def add(self, query: Tensor, row: Tensor, touched: Tensor, least: Tensor) -> None:
-        """Keep which of the shields (n, A) are touched, and the bound (n,)."""
-        self._touched = torch.cat([self._touched, self._key(query, row)[touched]])
-        self._least[query] = least
-
-    @staticmethod
-    def _key(query: Tensor, row: Tensor) -> Tensor:
-        return (query[:, None] << 32) + row
-
-
-def _solve(group: _Group, shields: _Shields, exact: Tensor, known: _Known) -> None:
+def _solve(group: _Group, shields: _Shields, exact: Tensor, known: KnownMoves) -> None:
     """Set the group's weights to the smallest moves out of the given shields; use what is known, and add to it."""
     image, distance, radius, directed = shields.image, shields.distance, shields.radius, shields.directed
     if distance.shape[1] == 1:  # the formula itself: a projection onto the shell

@@ -17,6 +17,7 @@ MAX_ELEMENTS = 1 << 24  # elements of differences in memory at once: 64 MiB in f
 # Numerical Algorithms, section 3.1).
 _MAX_FLOAT32_TERMS = 512
 _ROWS_PER_PRODUCT = 256  # whose sums stay in a processor's cache
+_ROWS_PER_GAP = 96  # of one product between references
 _MAX_PAIRS_PER_ROW = 4  # pairs of a row above which a float64 product is faster than subtraction
 PRECISION = 1e-8  # relative error bound above which a squared distance is measured again by subtraction
 
@@ -52,17 +53,44 @@ def squared_distances(
     squared_z = torch.zeros(len(z), dtype=torch.float64, device=x.device)
     widest = blocks = 0
     for part in column_blocks(x, len(x) + len(z)):
-        x_part, z_part = x[:, part].double(), z[:, part].double()
+        x_part, z_part = (values[:, part].to(torch.float64, copy=True) for values in (x, z))
         origin = x_part.mean(dim=0)
-        x_part, z_part = x_part - origin, z_part - origin
+        # In place: writing further arrays takes longer than the product.
+        x_part.sub_(origin)
+        z_part.sub_(origin)
         product.addmm_(x_part, z_part.T)
         squared_x += x_part.square().sum(dim=1, keepdim=True)
-        squared_z += z_part.square().sum(dim=1)
+        squared_z += z_part.square_().sum(dim=1)
         widest, blocks = max(widest, x_part.shape[1]), blocks + 1
-    # Each addition rounds, within a block and over the blocks (Higham 2002, section 3.1); doubled for safety.
-    rounding = 2 * (widest + blocks + 8) * 2.0**-53
-    error = rounding * (squared_x.sqrt() + squared_z.sqrt()).square()
+    error = _rounding(widest, blocks) * (squared_x.sqrt() + squared_z.sqrt()).square()
     return squared_x + squared_z - 2 * product, error
+
+
+def _rounding(widest: int, blocks: int) -> float:
+    """Bound the relative error of float64 sums of `blocks` sums of `widest` products."""
+    # Each addition rounds, within a block and over the blocks (Higham 2002, section 3.1); doubled for safety.
+    return 2 * (widest + blocks + 8) * 2.0**-53
+
+
+def squared_gaps(z: Float[Tensor, "k d"]) -> tuple[Float64[Tensor, "k k"], float]:
+    """Compute ‖z_i − z_j‖² of all pairs of rows of z (K, D), with the largest bound on their errors.
+
+    Like `squared_distances(z, z)`, but each number is converted once, and each pair multiplied once.
+    """
+    product = torch.zeros(len(z), len(z), dtype=torch.float64, device=z.device)
+    widest = blocks = 0
+    for part in column_blocks(z, len(z)):
+        values = z[:, part].double()
+        values = values - values.mean(dim=0)
+        for start in range(0, len(z), _ROWS_PER_GAP):
+            product[start : start + _ROWS_PER_GAP, start:].addmm_(
+                values[start : start + _ROWS_PER_GAP], values[start:].T
+            )
+        widest, blocks = max(widest, values.shape[1]), blocks + 1
+    product = product.triu_() + product.triu(1).T
+    squared = product.diagonal().clone()
+    error = _rounding(widest, blocks) * 4 * float(squared.max())
+    return (squared[:, None] + squared).sub_(product, alpha=2), error
 
 
 def squared_norms(z: Float[Tensor, "k d"]) -> Float64[Tensor, " k"]:
@@ -164,5 +192,5 @@ def measured_distances(
     if len(row) <= _MAX_PAIRS_PER_ROW * len(rows):
         return pair_distances(x, z, query, row)
     queries, image = query.unique(return_inverse=True)
-    x, z = x[queries], z[rows]
+    x, z = x if len(queries) == len(x) else x[queries], z if len(rows) == len(z) else z[rows]
     return distances_of(x, z, image, column, *squared_distances(x, z), radius)

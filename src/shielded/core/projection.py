@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _RIDGE = 1e-11  # keeps the linear systems solvable when references coincide or oppose each other
 _SAFETY = 1e-9  # share by which rounding may have raised an earlier bound
 _EXCHANGE_ROUNDS = 30
+_GUESS_ROUNDS = 12
+_MAX_FEW_SHIELDS = 64  # up to which Newton's method needs no guess
+_MAX_BATCHED_SIZE = 64  # of systems that are solved at once
 _NEWTON_ROUNDS = 25
 
 
@@ -57,7 +60,7 @@ def non_negative_quadratic(
     open_rows = torch.arange(n, device=target.device)  # not solved yet
     for _ in range(_EXCHANGE_ROUNDS):
         free, wanted = passive[open_rows], target[open_rows]
-        multipliers, inner = _solved(gram, wanted, free, open_rows)
+        multipliers, inner = (part.squeeze(1) for part in _solved(gram, wanted[:, None], free, open_rows))
         result[open_rows] = multipliers
         slack = inner - wanted
         # The rounding error of the sum, entry by entry: near a coincidence the target has another magnitude.
@@ -77,10 +80,16 @@ def non_negative_quadratic(
     return result.clamp(min=0), passive
 
 
-def _solved(gram: Tensor, target: Tensor, free: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve for the free entries ν (m, A) of some rows (m,) of a batch, the others being 0; return ν and gram ν.
+def _solved(gram: Tensor, targets: Tensor, free: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve for the free entries ν (m, T, A) of some rows (m,) of a batch, the others being 0; return ν and gram ν.
 
     Few entries are free, so the systems consist of these alone, padded to the same number.
+
+    Args:
+        gram: (n, A, A).
+        targets: (m, T, A), T for each row.
+        free: (m, A) bool.
+        rows: (m,) indices into the batch.
     """
     count = free.sum(dim=1, keepdim=True)
     first = free.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(1, int(count.max()))]
@@ -89,9 +98,62 @@ def _solved(gram: Tensor, target: Tensor, free: Tensor, rows: Tensor) -> tuple[T
     system = lines.gather(2, first[:, None, :].expand(-1, first.shape[1], -1))
     system *= taken[:, :, None] & taken[:, None, :]
     system += torch.diag_embed(torch.where(taken, _RIDGE, 1.0).to(gram.dtype))
-    solution = torch.linalg.solve(system, (target.gather(1, first) * taken).unsqueeze(-1)).squeeze(-1) * taken
-    inner = (solution.unsqueeze(1) @ lines).squeeze(1)
-    return torch.zeros_like(target).scatter_(1, first, solution), inner
+    at = first[:, None, :].expand(-1, targets.shape[1], -1)
+    right = targets.gather(2, at) * taken[:, None, :]
+    solution = _solve_systems(system, right.transpose(1, 2)).transpose(1, 2) * taken[:, None, :]
+    return torch.zeros_like(targets).scatter_(2, at, solution), solution @ lines
+
+
+def _solve_systems(systems: Tensor, right: Tensor) -> Tensor:
+    """Solve linear systems (n, A, A) with right sides (n, A, T).
+
+    Large ones go one by one: after `torch.set_num_threads`, torch factorises several at once in threads that MKL
+    starts threads of its own in, which ends in wrong results or never (pytorch/pytorch#142815).
+    """
+    if systems.device.type == "cpu" and len(systems) > 1 and systems.shape[1] > _MAX_BATCHED_SIZE:
+        return torch.stack([torch.linalg.solve(system, b) for system, b in zip(systems, right, strict=True)])
+    return torch.linalg.solve(systems, right)
+
+
+def _touched(gram: Tensor, excess: Tensor, slope: Tensor, passive: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Guess which of many constraints u_k·h ≥ excess − ρ slope are touched, and bound ρ from below.
+
+    If the passive constraints were equations, ν = α − ρ β with α = G⁻¹ excess and β = G⁻¹ slope, and ρ = ‖h‖² were the
+    smaller root of a quadratic equation. So each exchange of entries has its best ρ, without rounds for ρ around rounds
+    for ν. This may go round in circles; Newton's method goes on from wherever it ends.
+
+    Args:
+        gram: (n, A, A).
+        excess: (n, A).
+        slope: (n, A).
+        passive: (n, A) bool, a first guess.
+        valid: (n, A) bool, False marks padding.
+
+    Returns:
+        Touched constraints (n, A) bool, and the bound (n,), 0 where the exchange has not ended.
+    """
+    passive = passive & valid
+    bound = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
+    open_rows = torch.arange(len(gram), device=gram.device)
+    for _ in range(_GUESS_ROUNDS):
+        free, sides = passive[open_rows], torch.stack([excess[open_rows], slope[open_rows]], dim=1)
+        solutions, inner = _solved(gram, sides, free, open_rows)
+        constant, linear = (solutions @ sides.transpose(1, 2)).unbind(dim=1)  # (α·excess, α·slope), (β·…)
+        middle = constant[:, 1] + 0.5
+        root = (middle.square() - linear[:, 1] * constant[:, 0]).clamp(min=0).sqrt()
+        rho = (constant[:, 0] / (middle + root))[:, None]
+        multipliers, reached = solutions[:, 0] - rho * solutions[:, 1], inner[:, 0] - rho * inner[:, 1]
+        short = reached < sides[:, 0] - rho * sides[:, 1] - 1e-10
+        wrong = valid[open_rows] & torch.where(free, multipliers < 0, short)
+        right = ~wrong.any(dim=1)
+        gain = (multipliers * (sides[:, 0] - reached / 2)).sum(dim=1)
+        ratio = gain / (0.5 + (multipliers * sides[:, 1]).sum(dim=1))
+        bound[open_rows] = torch.where(right & ratio.isfinite(), ratio, 0)
+        passive[open_rows] = free ^ wrong
+        open_rows = open_rows[~right]
+        if not len(open_rows):
+            break
+    return passive, bound
 
 
 def smallest_move(
@@ -129,6 +191,9 @@ def smallest_move(
         bound = torch.maximum(bound, (1 - _SAFETY) * least[:, None] / scale.square())
     result = torch.zeros_like(distance)
     passive = directed & (excess > bound * slope if guess is None else guess)
+    if distance.shape[1] > _MAX_FEW_SHIELDS:
+        passive, reached = _touched(gram, excess, slope, passive, directed)
+        bound = torch.maximum(bound, reached[:, None])
     open_rows = torch.arange(len(distance), device=distance.device)  # whose bound still rises
     for _ in range(_NEWTON_ROUNDS):
         target = (excess[open_rows] - bound[open_rows] * slope[open_rows]) * directed[open_rows]
@@ -202,7 +267,7 @@ def way_out(
         The whole move, as coefficients (n, A) of the normals u_k and (n,) of the noise.
     """
     ridge = 1e-9 * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    share = torch.linalg.solve(gram + ridge, noise.unsqueeze(-1)).squeeze(-1)
+    share = _solve_systems(gram + ridge, noise.unsqueeze(-1)).squeeze(-1)
     crossing = noise - _times(gram, share)  # u_k · (noise − Σ share_l u_l)
     length = (noise_length.square() - (share * (noise + crossing)).sum(dim=1)).clamp(min=0).sqrt()
     spanned = length < 1e-3 * noise_length  # as many shields as dimensions, where any direction leads out in the end
