@@ -86,7 +86,6 @@ def test_content_decides_what_a_picture_is(folder, tmp_path, given):
 
 
 OTHERS = {
-    "photo.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
     "clip.mp4": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2" + bytes(99), "video"),
     "more.zip": (b"PK\3\4\x14" + bytes(99), "zip archive"),
     "drawing.svg": (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),

@@ -20,6 +20,7 @@ from shielded.files import file_sha256, replacing, sha256
 from shielded.latent_space import LatentSpace, to_rgb
 from shielded.latent_space.pixels import clip_to_pixels
 from shielded.protected import ProtectedSet, open_sets
+from shielded.protected.ingest.pictures import open_image
 from shielded.runs.folder import RunFolder
 from shielded.runs.paired import calibration_of, make_pair, spell_arguments
 from shielded.runs.results import PairReport
@@ -326,15 +327,16 @@ def open_picture(path: Path, count: Callable[[int], None] = lambda pixels: None)
         ValueError: it cannot be read, or is larger than the studio takes.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path.read_bytes()) as image:
             pixels = image.width * image.height
-    except Exception:  # decoders raise all kinds of errors on broken files
-        raise ValueError(f"{path.name} is not a picture that can be read.") from None
+    except Exception as error:  # decoders raise all kinds of errors on broken files
+        reason = f": {error}" if isinstance(error, ValueError) else " is not a picture that can be read"
+        raise ValueError(f"{path.name}{reason}.") from None
     if pixels > MOST_PIXELS:
         raise ValueError(f"{path.name} has more than {MOST_PIXELS // 1_000_000} million pixels; make it smaller.")
     count(pixels)
     try:
-        with Image.open(path) as image:
+        with open_image(path.read_bytes()) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception:
         raise ValueError(f"{path.name} is not a picture that can be read.") from None

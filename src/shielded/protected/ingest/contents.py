@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import lzma
 import tarfile
 import zlib
+from functools import cache
 from typing import Any, BinaryIO, Literal
+
+from shielded._extras import missing
 
 HEAD_BYTES = 1024
 
@@ -40,9 +44,30 @@ _NOT_READ = {  # what may hold pictures
 _HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"mif1", b"msf1")
 
 
+@cache
+def reads_heic() -> bool:
+    """Tell whether HEIC pictures can be read; if pillow-heif is installed, register its decoder with Pillow."""
+    try:
+        package = importlib.import_module("pillow_heif")
+    except ImportError:
+        return False
+    package.register_heif_opener()
+    return True
+
+
+def is_heic(head: bytes) -> bool:
+    """Tell whether a file begins as HEIC pictures do, which phones take."""
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC and b"avif" not in head[: int.from_bytes(head[:4], "big")]
+
+
 def is_picture(head: bytes) -> bool:
     """Tell whether a file begins as the usual kinds of pictures do, damaged or not."""
-    return head.startswith(_PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypavif"
+    return (
+        head.startswith(_PICTURES)
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or head[4:12] == b"ftypavif"
+        or is_heic(head)
+    )
 
 
 def kind_of(head: bytes) -> Kind:
@@ -92,10 +117,10 @@ def without_pictures(head: bytes) -> str | None:
 
 def not_read(head: bytes) -> str | None:
     """Say what a file is that may hold pictures but is not read here; None for others."""
+    if is_heic(head):
+        return None if reads_heic() else missing("HEIC pictures", "heic").rstrip(".")
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
-    if brand in _HEIC:
-        return "HEIC, which Pillow does not read; convert it to JPEG or PNG"
-    if brand and brand not in (b"avif", b"avis"):
+    if brand and brand not in (b"avif", b"avis", *_HEIC):
         return "a video; save its frames as pictures"
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "a video; save its frames as pictures"

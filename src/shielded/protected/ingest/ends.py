@@ -6,6 +6,9 @@ import re
 
 _PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM|II\*\0|MM\0\*", re.DOTALL)
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # neither stuffing nor a restart
+_AUXILIARY = re.compile(
+    rb"http://ns\.adobe\.com/hdr-gain-map/|urn:com:apple:photo:\d+:aux:|http://ns\.apple\.com/depthData/"
+)  # in a picture that a phone puts behind its photo: brightness for HDR screens, or depth
 _JPEG_END, _JPEG_BARE = 0xD9, (0x01, 0xD8)  # markers without a length
 
 
@@ -16,7 +19,7 @@ def joined_picture(data: bytes, kind: str | None) -> bool:
         data: the file.
         kind: its format, as Pillow names it; others than JPEG, PNG, GIF, WEBP and BMP: False.
     """
-    find = {"JPEG": _end_of_jpeg, "PNG": _end_of_png, "GIF": _end_of_gif}.get(kind or "")
+    find = {"JPEG": lambda data: _auxiliary(data)[1], "PNG": _end_of_png, "GIF": _end_of_gif}.get(kind or "")
     if find is None and kind not in ("WEBP", "BMP"):
         return False
     if find is not None:
@@ -25,7 +28,28 @@ def joined_picture(data: bytes, kind: str | None) -> bool:
         end = 8 + int.from_bytes(data[4:8], "little")
     else:
         end = max(int.from_bytes(data[2:6], "little"), 14)
-    return end < len(data) and _PICTURE.match(data[end:].lstrip(b"\0")) is not None
+    return _begins_picture(data[end:])
+
+
+def count_auxiliary(data: bytes) -> int:
+    """Count the last pictures of a JPEG that help to show its photo and are none themselves, as phones add them."""
+    count, end = _auxiliary(data)
+    return 0 if _begins_picture(data[end:]) else count
+
+
+def _begins_picture(data: bytes) -> bool:
+    return _PICTURE.match(data.lstrip(b"\0")) is not None
+
+
+def _auxiliary(data: bytes) -> tuple[int, int]:
+    """Count the auxiliary pictures behind the photo of a JPEG; say where they end."""
+    count, end = 0, _end_of_jpeg(data)
+    while data.startswith(b"\xff\xd8\xff", end):
+        following = end + _end_of_jpeg(data[end:])
+        if not _AUXILIARY.search(data, end, following):
+            break
+        count, end = count + 1, following
+    return count, end
 
 
 def _end_of_jpeg(data: bytes) -> int:

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from itertools import chain, count
 from typing import NamedTuple, TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from shielded.latent_space import to_rgb
 from shielded.protected.columns import Id
-from shielded.protected.ingest.contents import HEAD_BYTES, not_read, without_pictures
-from shielded.protected.ingest.ends import joined_picture
+from shielded.protected.ingest.contents import HEAD_BYTES, is_heic, not_read, reads_heic, without_pictures
+from shielded.protected.ingest.ends import count_auxiliary, joined_picture
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 _ONE_PICTURE = ("PSD",)  # formats whose further frames are parts of the picture
+_SUBFILE_TYPE, _REDUCED = 254, 1  # of the first picture of a TIFF file, where that is the preview of a raw photo
 
 Result = TypeVar("Result")
 
@@ -66,30 +69,41 @@ def decode_picture(data: bytes, frame: int = 0) -> Image.Image:
 
     Args:
         data: the file.
-        frame: number of the frame of an animation, or of the page.
+        frame: number of the frame of an animation, or of the page; 0 is the one that viewers show first.
 
     Raises:
         NoPictureError: its content is that of something else.
         ValueError: it cannot be decoded; decoders raise other errors, too.
     """
-    with _open(data) as image:
+    with open_image(data) as image:
         if frame:
-            image.seek(frame)
+            first = image.tell()  # HEIC may begin with another one
+            image.seek(frame if frame > first else frame - 1)
         return to_rgb(ImageOps.exif_transpose(image))
 
 
-def _open(data: bytes) -> Image.Image:
-    """Open an image file; say what it is if it is no image."""
+def open_image(data: bytes) -> Image.Image:
+    """Open an image file without decoding it.
+
+    Raises:
+        NoPictureError: its content is that of something else.
+        ValueError: it is of a kind that is not read; the message says what to do.
+    """
+    head = data[:HEAD_BYTES]
+    if is_heic(head):
+        reads_heic()
     try:
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        head = data[:HEAD_BYTES]
         reason, text = not_read(head), without_pictures(head)
         if reason is not None:
             raise ValueError(reason) from None
         if text == "files of the system":
             raise NoPictureError(Passed(text, True)) from None
         raise
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_SUBFILE_TYPE) == _REDUCED:
+        raise ValueError("a raw photo, of which only the small preview could be read; develop it first")
+    return image
 
 
 def count_frames(data: bytes) -> tuple[int, str | None]:
@@ -99,9 +113,11 @@ def count_frames(data: bytes) -> tuple[int, str | None]:
         NoPictureError: its content is that of something else.
         ValueError: it cannot be read; decoders raise other errors, too.
     """
-    with _open(data) as image:
+    with open_image(data) as image:
         frames = 1 if image.format in _ONE_PICTURE else getattr(image, "n_frames", 1)
         kind = image.format
+    if kind == "MPO":
+        frames = max(1, frames - count_auxiliary(data))
     if joined_picture(data, kind):
         return frames, "another picture is joined behind the end of this one, and is not looked at"
     if kind == "GIF" and not data.rstrip(b"\0").endswith(b";"):
@@ -124,7 +140,7 @@ def skip(source: str, error: Exception, strict: bool, skipped: list[tuple[str, s
     """
     if strict:
         raise ValueError(f"{source} cannot be decoded: {error}") from error
-    skipped.append((source, str(error)))
+    skipped.append((source, " ".join(str(error).split())))  # on one line
 
 
 def in_threads(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,10 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from PIL import Image
-
 from shielded._extras import missing
-from shielded.protected.ingest.pictures import IMAGE_SUFFIXES, Passed, Picture
+from shielded.protected.ingest.pictures import IMAGE_SUFFIXES, Passed, Picture, open_image
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 
@@ -136,7 +133,7 @@ def _is_picture(value: Any) -> bool:
     if data is None:
         return str(file or "").lower().endswith(IMAGE_SUFFIXES)
     try:
-        with Image.open(io.BytesIO(data)):
+        with open_image(data):
             return True
     except Exception:  # decoders raise all kinds of errors
         return False
