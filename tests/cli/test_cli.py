@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from shielded.cli import app
 from shielded.generation import sampling as generation
+from shielded.protected import ProtectedSet
 from shielded.runs.folder import RunFolder
 
 runner = CliRunner()
@@ -357,9 +358,9 @@ def test_debug_shows_where(tmp_path):
 
 def test_a_set_with_some_radii_is_refused_before_the_model_is_loaded(protected, tmp_path, monkeypatch):
     pictures, target = protected[0], tmp_path / "set"
-    for name, options in (("owl-0", ()), ("owl-1", ("--add", "--radius", "9"))):
-        given = ["protect", str(pictures / f"{name}.png"), "--out", str(target), *options]
-        assert runner.invoke(app, given).exit_code == 0
+    assert runner.invoke(app, ["protect", str(pictures / "owl-0.png"), "--out", str(target)]).exit_code == 0
+    opened = ProtectedSet.open(target)
+    opened.add(opened.vectors([0]) + 1, ["another"], 9.0)
     monkeypatch.setattr("shielded.runs.model_call.load", lambda *_: pytest.fail("loaded"))
     result = generate_owls(target, tmp_path / "out")
     assert result.exit_code == 2

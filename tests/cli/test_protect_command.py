@@ -49,7 +49,7 @@ def test_add_remove_and_compact(pictures, target):
     first = run_json(pictures / "a.png", "--out", target, "--radius", 8)
     assert first == {
         "set": str(target), "size": 1, "version": 2, "removed": 0, "added": 1, "present": 0, "skipped": [],
-        "found": 1, "new": 1, "not_looked_at": {},
+        "found": 1, "new": 1, "not_looked_at": {}, "radius": 8.0,
     }  # fmt: skip
     second = run_json(pictures, "--out", target, "--add", "--radius", 9, "--mirror")
     assert (second["added"], second["present"], second["size"]) == (5, 0, 6)
@@ -144,6 +144,18 @@ def test_a_foreign_set_and_a_damaged_one(pictures, target, tmp_path):
     assert "is damaged" in run(pictures, "--out", target, "--add", code=1).stderr
 
 
+def test_added_images_have_a_radius_if_the_others_have_one(pictures, target, tmp_path):
+    run(pictures / "a.png", "--out", target, "--radius", 8)
+    assert "New images get the radius 8" in run(pictures / "b.png", "--out", target, "--add").stderr
+    assert ProtectedSet.open(target).radii.tolist() == [8.0, 8.0]
+    run(pictures / "c.png", "--out", target, "--add", "--radius", 9)
+    assert "give one for the new" in run(pictures, "--out", target, "--add", code=2).stderr
+    run(pictures / "a.png", "--out", tmp_path / "open")
+    assert "leave out --radius" in run(pictures, "--out", tmp_path / "open", "--add", "--radius", 8, code=2).stderr
+    run(pictures, "--out", tmp_path / "open", "--add")
+    assert ProtectedSet.open(tmp_path / "open").radii.isnan().all()
+
+
 def test_overwrite(pictures, target):
     run(pictures, "--out", target)
     run(pictures / "c.png", "--out", target, "--overwrite")
@@ -162,7 +174,8 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(pictures, ta
         patch.setattr(encoding, "unique_name", interrupted)
         patch.setattr(job, "add_images", partial(encoding.add_images, batch_size=1))
         stopped = run(pictures, "--out", target, code=1)
-    assert "what was finished is kept" in stopped.stderr
+    assert "2 new images are in" in stopped.stderr
+    assert "the same command goes on" in stopped.stderr
     assert ProtectedSet.open(target).ids == ["a", "b"]
     run(pictures / "a.png", "--out", target, code=2)  # another job does not slip in
     assert "1 added, 2 already present" in run(pictures, "--out", target).stdout

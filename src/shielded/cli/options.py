@@ -144,7 +144,7 @@ class errors:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, KeyboardInterrupt) and not self.debug:
-            _stop(" ".join(["stopped.", *_notes(error)]) if _notes(error) else "stopped; what was finished is kept.", 1)
+            _stop(" ".join(["stopped.", *_notes(error)]), 1)
         if self.debug or not isinstance(error, Exception) or isinstance(error, typer.Exit):
             return
         if isinstance(error, FileNotFoundError) and error.filename is not None:  # Python's own: a number and a name

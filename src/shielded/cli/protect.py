@@ -47,7 +47,7 @@ def protect(
     model: Model = DEFAULT_MODEL,
     radius: Annotated[
         float | None,
-        typer.Option(metavar="R", callback=positive, help="Shield radius of these images, L2 in the latent space."),
+        typer.Option(metavar="R", callback=positive, help="Shield radius (latent L2); default with --add: the set's."),
     ] = None,
     mirror: Annotated[
         bool, typer.Option("--mirror", metavar="", help="Protect each image mirrored left to right too.")
@@ -115,10 +115,17 @@ def protect(
         except job.EmptySetError as error:
             _print(error.result, as_json)
             raise
-        _print(result, as_json)
+        _print(result, as_json, radius is None)
 
 
-def _print(result: ProtectResult, as_json: bool) -> None:
+def _print(result: ProtectResult, as_json: bool, taken: bool = False) -> None:
+    """Print the outcome.
+
+    Args:
+        result: what was done.
+        as_json: print JSON.
+        taken: whether no radius was given, so that new images have that of the others.
+    """
     from shielded.runs.report.summary import counted
 
     _print_skipped(result.skipped)
@@ -128,6 +135,8 @@ def _print(result: ProtectResult, as_json: bool) -> None:
             "--remove them first, or give --radius to generate.",
             err=True,
         )
+    if taken and result.new and result.radius is not None:
+        typer.echo(f"New images get the radius {result.radius:g}, as the others have; see --radius.", err=True)
     mirrored = f" (with mirror images {result.added})" if result.added != result.new else ""
     counts = (
         f"{result.new} added{mirrored}, {result.present} already present, {len(result.skipped)} skipped, "

@@ -112,6 +112,22 @@ class RunFolder:
         if self._audit is not None:
             self._audit.append(event, **content)
 
+    def abandon(self) -> None:
+        """Delete what `start` and `start_log` wrote for a run that ends before a batch is finished.
+
+        The same command can then be given again, and another one. A run that goes on with a stopped one keeps all.
+        """
+        if not self._write or self.resumed:
+            return
+        if self._audit is not None:
+            (self.with_ / LOG).unlink(missing_ok=True)
+            self._audit = None
+        if self._unfinished is not None:
+            self._unfinished.delete()
+        for folder in (self.with_, self.path):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
     # When it has ended ----------------------------------------------------------------------------------------------
 
     def finish(

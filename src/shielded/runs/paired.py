@@ -138,6 +138,10 @@ def make_pair(
             if plain and folder is not None:
                 made = f"{_size(plain)} of {len(prompts)} images without SPELL are in {folder.without}."
                 error.add_note(made + folder.how_to_go_on)
+            elif folder is not None:
+                folder.abandon()
+                if isinstance(error, KeyboardInterrupt):
+                    error.add_note("No batch was finished yet, so nothing is kept.")
             raise
         stopped = error
         if folder is not None:

@@ -158,7 +158,11 @@ class Study:
         if path.exists():
             return load_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        cell = self.make(setting, prompt, seed, protected)
+        try:
+            cell = self.make(setting, prompt, seed, protected)
+        except KeyboardInterrupt as error:
+            error.add_note(f"What was finished is kept in {self.out / 'cells'}; the same command goes on with it.")
+            raise
         with replacing(path) as draft:
             save_file({k: v.contiguous() for k, v in cell.items()}, draft, metadata={"key": json.dumps(key)})
         return cell

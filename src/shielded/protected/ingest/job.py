@@ -38,6 +38,7 @@ class ProtectResult:
         new: of how many pictures something was added.
         not_looked_at: how many files hold no picture that is recognised, by what they are.
         other_radii: whether images that were in the set before have another radius than the given one.
+        radius: shield radius of the images that were added; None: they have none.
         deleted: how many removed images `compact` deleted from disk; None: it was not asked to.
         freed: bytes that this freed.
     """
@@ -53,6 +54,7 @@ class ProtectResult:
     new: int = 0
     not_looked_at: dict[str, int] = field(default_factory=dict)
     other_radii: bool = False
+    radius: float | None = None
     deleted: int | None = None
     freed: int = 0
 
@@ -93,7 +95,8 @@ def protect(
         paths: images to protect, as in `add_images`; an empty list: none.
         out: the set's folder.
         model: name or folder of the model whose autoencoder encodes; see `shielded.models.load`.
-        radius: shield radius of these images, L2 in the latent space; None leaves it open.
+        radius: shield radius of these images, L2 in the latent space; None: that of the images that are in the set
+            already, which leaves it open if they have none.
         mirror: also protect each image mirrored left to right, as `mirrored:ID`.
         add: add to a set that exists; its images stay.
         remove: ids to remove first, each with its mirror image; those that were removed before are passed over.
@@ -116,6 +119,7 @@ def protect(
         FileNotFoundError: a path or the set does not exist.
         KeyError: the set has no image of an id in `remove`.
         EmptySetError: none of the images could be read. The set has been deleted if this call made it.
+        RequestError: some images would have a radius and others not.
         ValueError: the set was made for another latent space, `strict` and an image cannot be read, or a descriptor
             together with `ray`.
         RuntimeError: another process is writing to the set, or no cluster answers.
@@ -130,13 +134,14 @@ def protect(
         removed = _remove(ProtectedSet.open(out), remove)
     existed = (out / store.MANIFEST).exists() and not overwrite
     if given:
+        radius = _radius(ProtectedSet.open(out), radius) if existed and (add or remove) else radius
         other_radii = radius is not None and add and bool((ProtectedSet.open(out).radii != radius).any())
         job = {"paths": given, "model": model, "radius": radius, "mirror": mirror}
         job |= {} if descriptor is None else {"descriptor": descriptor}
         job |= {"columns": list(columns)} if columns else {}
         done = _add(out, job, add or bool(remove), overwrite, strict, device, progress, ray)
     protected = ProtectedSet.open(out)
-    counts: dict[str, Any] = {"removed": removed, **vars(done), "other_radii": other_radii}
+    counts: dict[str, Any] = {"removed": removed, **vars(done), "other_radii": other_radii, "radius": radius}
     if compact:
         before = _stored(out)
         protected.compact()
@@ -148,6 +153,26 @@ def protect(
             _delete(out)  # so that the next try finds no set
         raise EmptySetError(result)
     return result
+
+
+def _radius(protected: ProtectedSet, given: float | None) -> float | None:
+    """Return the radius of images that are added to a set: the given one, or the one that all images in it have.
+
+    Raises:
+        RequestError: some images would have a radius and others not, which no run can use.
+    """
+    missing = protected.radii.isnan()
+    known = protected.radii[~missing].unique().tolist()
+    if given is not None and len(protected) and not known:
+        raise RequestError(
+            f"the images of {protected.path} have no radius, so that one is found for all when it is used; leave out "
+            "--radius here, and give it to generate."
+        )
+    if given is not None or not known:
+        return given
+    if len(known) > 1 or missing.any():
+        raise RequestError(f"the images of {protected.path} have different radii; give one for the new with --radius.")
+    return known[0]
 
 
 def _stored(out: Path) -> tuple[int, int]:
@@ -225,14 +250,20 @@ def _add(
         # Noted first, so that a set that is there without being finished always has its note.
         write_json(out / store.UNFINISHED, {**job, "replaces": replaced})
         protected = ProtectedSet.create(out, space, torch.float16, overwrite, job.get("descriptor"))
+    before = len(protected)
     options = {"radius": job["radius"], "strict": strict, "mirror": job["mirror"], "progress": progress}
     options |= {"columns": columns} if columns else {}
-    if ray is None:
-        done = add_images(protected, job["paths"], space=space, **options)
-    else:
-        from shielded.protected.ray.ingest import add_images_on_cluster
+    try:
+        if ray is None:
+            done = add_images(protected, job["paths"], space=space, **options)
+        else:
+            from shielded.protected.ray.ingest import add_images_on_cluster
 
-        done = add_images_on_cluster(protected, job["paths"], ray, job["model"], **options)
+            done = add_images_on_cluster(protected, job["paths"], ray, job["model"], **options)
+    except KeyboardInterrupt as error:
+        kept = len(ProtectedSet.open(out)) - before
+        error.add_note(f"{kept or 'No'} new images are in {out}; the same command goes on with the rest.")
+        raise
     if not add:
         write_json(out / store.FINISHED, {"job": job, "version": ProtectedSet.open(out).version})
     (out / store.UNFINISHED).unlink(missing_ok=True)
