@@ -2,7 +2,7 @@
 
 Like `benchmarks/shielding.py`, whose prompts, seeds and set it takes; the methods take turns.
 
-    python benchmarks/tiers.py --data emoji128.tar --work runs/tiers --out docs/copies.md --sheet docs/images
+    python benchmarks/tiers.py --data emoji128.tar --work runs/tiers --out docs/copies_measured.md --sheet docs/images
     python benchmarks/tiers.py --data emoji128.tar --work runs/tiers --blur    # how early x0 shows what is a copy
 
 Beside leaks, copies and time it measures how similar each picture is to the nearest protected one in the features of
