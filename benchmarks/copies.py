@@ -1,6 +1,7 @@
 """Measure which changed copies the descriptor finds, at which rate of false alarms, and how fast the bank answers.
 
-    python benchmarks/copies.py --photos photos1000.npz --emoji emoji128.tar --out docs/copies_measured.md --sheet docs/images
+    python benchmarks/copies.py --photos photos1000.npz --emoji emoji128.tar --rows 1200000 \
+        --out docs/copies_measured.md --sheet docs/images
 
 A false alarm is a picture whose most similar other picture is as similar to it as the threshold says of a copy: for the
 photos any other one, for the emoji one of another motif. Sections of --out are replaced.
