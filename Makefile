@@ -26,6 +26,7 @@ demo: .venv/.installed
 
 # One process per core, since most tests are many small operations on one thread, and one more: some wait for others.
 test: .venv/.developing lint
+	.venv/bin/python -m compileall -q src tests # once, and not in each process that the tests start
 	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The suite with older diffusers and transformers, in environments of their own: .venv-0.35.2 and .venv-0.36.0. Everything

@@ -1,6 +1,7 @@
 """Modular diffusers: SPELL as a block of the denoising loop, to be shared like any other block.
 
-Needed only for that: `with spell.attach(pipe)` works on modular pipelines as on all others.
+Needed only for that: `with spell.attach(pipe)` works on modular pipelines as on all others. The network is made in
+memory here, which takes diffusers 0.36.
 """
 
 import torch

@@ -7,11 +7,21 @@ from pathlib import Path
 # goes for the processes that they start, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
+
 import torch
+import typer.testing
+from hypothesis import settings
 
 torch.set_num_threads(1)
 
 # Tests that start themselves as a script import `helpers` as well.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+settings.register_profile("the same examples in every run", derandomize=True)
+settings.load_profile("the same examples in every run")
+
+# Typer builds all commands anew at each call, which is a third of the time of a test that a sentence answers.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 collect_ignore = ["helpers"]  # no tests, and some of them need optional packages

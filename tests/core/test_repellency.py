@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize, nnls
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -535,7 +535,8 @@ def test_both_sides_of_a_pair_share_the_move():
 
 
 @given(st.integers(2, 40), st.integers(0, 1000), st.floats(0.0, 2.0))
-@settings(max_examples=30, deadline=None)
+@example(39, 0, 0.29296875)  # takes most rounds of those tried
+@settings(max_examples=20, deadline=None)
 def test_pairs_are_separated(count, seed, spread):
     generator = torch.Generator().manual_seed(seed)
     x = 3.0 + spread * torch.randn(count, 200, generator=generator) / 200**0.5

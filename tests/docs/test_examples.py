@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -90,6 +91,10 @@ def test_inpainting(run):
     assert elsewhere == 0
 
 
+@pytest.mark.skipif(
+    tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 36),
+    reason="blocks of diffusers 0.35 take no network made in memory",
+)
 def test_modular_block(run):
     (_, (before, radius)), (_, (after, _)) = run("modular_block")
     assert before == 0

@@ -31,7 +31,10 @@ def exported():
 
 
 def test_table_covers_what_diffusers_exports():
-    assert sorted([*SUPPORTED, *REFUSED]) == exported()
+    """All of it; older versions than the one in constraints.txt do not have all that the table names."""
+    assert set(exported()) <= {*SUPPORTED, *REFUSED}
+    if f"diffusers=={diffusers.__version__}\n" in (Path(__file__).parents[2] / "constraints.txt").read_text():
+        assert exported() == sorted([*SUPPORTED, *REFUSED])
     assert not set(SUPPORTED) & set(REFUSED)
 
 

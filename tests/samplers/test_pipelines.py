@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -58,11 +59,11 @@ def test_nothing_active_nothing_changed(name):
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     with Spell(far, radius=1.0, batch=False).attach(made.pipe) as spell:
         same = made.pipe(generator=generators, output_type=output_type, **made.options)[0]
-    assert torch.equal(same, plain)
+    assert np.array_equal(same, plain)  # an array where diffusers 0.35 makes it
     assert {row["active"] for row in spell.trace} == {0}
     assert "step" not in vars(made.pipe.scheduler)
     untouched = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    assert torch.equal(made.pipe(generator=untouched, output_type=output_type, **made.options)[0], plain)
+    assert np.array_equal(made.pipe(generator=untouched, output_type=output_type, **made.options)[0], plain)
     assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(generators, untouched, strict=True))
 
 

@@ -10,14 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("gradio")
-
-from gradio import Error
-
 from shielded.models import load
 from shielded.studio import limits, session
 from shielded.studio.limits import OwnHostOnly, Server
-from shielded.studio.page import build
 from shielded.studio.session import Session
 
 
@@ -125,17 +120,18 @@ def test_uploads_are_bounded(tmp_path, length, status):
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(page):
     """What the page calls with all that a visitor has set."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # building leaves an event loop behind
-        page = build("emoji", "cpu")
+        app = page.build("emoji", "cpu")
         gc.collect()
-    return next(function.fn for function in page.fns.values() if function.name == "started")
+    return next(function.fn for function in app.fns.values() if function.name == "started")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, MemoryError, UnicodeError])
 def test_prompts_do_not_reach_the_log(run, error, monkeypatch, caplog, capfd):
+    gradio = pytest.importorskip("gradio")
     secret = "a walrus that nobody is to know of"
 
     def fails(self, settings, *arguments):
@@ -144,7 +140,7 @@ def test_prompts_do_not_reach_the_log(run, error, monkeypatch, caplog, capfd):
     monkeypatch.setattr(Session, "generate", fails)
     monkeypatch.setattr(limits, "MOST_SESSIONS", 1)
     for _ in range(2):  # the session of the first try, of which the page never heard, takes nobody's place
-        with pytest.raises(Error, match=r"the run failed|[Cc]annot draw") as raised:
+        with pytest.raises(gradio.Error, match=r"the run failed|[Cc]annot draw") as raised:
             run(None, [], 1.0, secret, 1, 0, 2, 0.25, 2.5, 0.2, 0.0, True, False, progress=lambda *_, **__: None)
     refused = issubclass(error, ValueError)  # which the visitor alone is told
     assert (secret in str(raised.value)) == refused

@@ -13,13 +13,9 @@ from shielded.generation.sampling import generate
 from shielded.latent_space import LatentSpace
 from shielded.models import PRESETS, PROTECTION, load
 from shielded.models.presets import EMOJI
-
-gradio = pytest.importorskip("gradio")
-
-from shielded.studio.choices import Choices  # noqa: E402
-from shielded.studio.page import LAUNCH, _uploaded, build  # noqa: E402
-from shielded.studio.request import MOST_PROMPTS, job_of  # noqa: E402
-from shielded.studio.session import MOST_UPLOADS, Session, Settings  # noqa: E402
+from shielded.studio.choices import Choices
+from shielded.studio.request import MOST_PROMPTS, job_of
+from shielded.studio.session import MOST_UPLOADS, Session, Settings
 
 SETTINGS = Settings("red heart", n=2, seed=3, steps=6, radius=0.45, apart=False, remember=False)
 
@@ -86,8 +82,11 @@ def test_uploads(session, tmp_path):
     assert list(session.protected.ids) == ["red"]
     with pytest.raises(ValueError, match=str(MOST_UPLOADS)):
         session.protect_files([red] * (MOST_UPLOADS + 1))
+
+
+def test_other_files_are_no_uploads(page):
     with pytest.raises(ValueError, match="only uploaded files"):
-        _uploaded("/etc/hostname")
+        page._uploaded("/etc/hostname")
 
 
 def test_the_library_s_presets_are_taken_unless_others_are_asked_for(session):
@@ -189,13 +188,13 @@ def test_each_model_has_its_own_pictures(pipe, session, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def studio(pipe, hearts, tmp_path_factory):
+def studio(page, pipe, hearts, tmp_path_factory):
     """A browser, and the address of a studio with two models and a set."""
     with chromium() as browser, pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        app = build(["emoji", str(EMOJI)], "cpu", [hearts]).queue()
-        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+        app = page.build(["emoji", str(EMOJI)], "cpu", [hearts]).queue()
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **page.LAUNCH)
         yield browser, url
         app.close()
 
@@ -262,7 +261,7 @@ def test_a_model_and_a_set_are_chosen_in_a_browser(visit):
     page, expect = visit()
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name=str(EMOJI)).click()
-    page.get_by_label("Protected sets").click()
+    page.locator("#sets input").click()
     page.get_by_role("option", name="hearts").click()
     expect(page.locator("#about")).to_contain_text("hearts: 1 images, no descriptor")
     expect(value(page, "Radius, per √dim")).to_have_value("0.243")

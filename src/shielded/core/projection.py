@@ -290,7 +290,7 @@ def _times(gram: Tensor, vector: Tensor) -> Tensor:
 
 
 def separate(
-    points: Float64[Tensor, "b n"], radius: Float64[Tensor, "b b"], repels: Bool[Tensor, "b b"], rounds: int = 12
+    points: Float64[Tensor, "b n"], radius: Float64[Tensor, "b b"], repels: Bool[Tensor, "b b"], rounds: int = 24
 ) -> tuple[Float64[Tensor, "b n"], Bool[Tensor, " b"]]:
     """Compute the smallest joint move that puts every pair at least its radius apart; both sides of a pair share it.
 

@@ -196,6 +196,7 @@ def build(
                         multiselect=True,
                         label="Protected sets",
                         visible=bool(choices.sets),
+                        elem_id="sets",
                     )
                     about = gr.Markdown(elem_id="about")
                     files = gr.File(
