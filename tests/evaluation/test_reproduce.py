@@ -108,8 +108,8 @@ def test_smaller_batches_remember_the_ones_before(pipe, tmp_path):
     assert split["pair"].min() >= 25.0 * (1 - 1e-3)  # also across the two batches
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_numbers(pipe, tmp_path, monkeypatch):
-    whole = reproduce("diversity", study(tmp_path / "whole", pipe), plots=False)
+def test_a_killed_run_goes_on_and_gives_the_same_numbers(results, pipe, tmp_path, monkeypatch):
+    whole = results[1]["diversity"]
     original, made = Study.make, []
 
     def killed(self, *args):
