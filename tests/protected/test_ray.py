@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from helpers.in_pixels import Actor, replace_models
 from shielded import Spell
 from shielded.cli import app
 from shielded.latent_space import LatentSpace
@@ -87,6 +88,7 @@ def environment():
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         yield
 
 
@@ -364,11 +366,14 @@ while True:
     protected.within(x, 100.0)
 """
 PROTECT = """
+from helpers.in_pixels import Actor, replace_models
 from shielded.cli import main
 from shielded.protected import ProtectedSet
 from shielded.protected.ingest import encoding
-from shielded.protected.ray import connection
+from shielded.protected.ray import connection, ingest
 connection.CHECK_SECONDS = 0.3
+ingest.EncodingActor = Actor
+replace_models()
 encoding._SAVE_SECONDS = 0
 add = ProtectedSet.add
 def add_and_tell(self, *arguments):
@@ -379,7 +384,7 @@ main()
 """
 
 
-def test_without_its_head_it_says_so_and_goes_on_later(ray, pictures, stored, tmp_path):
+def test_without_its_head_it_says_so_and_goes_on_later(ray, stored, tmp_path, monkeypatch):
     """Both an encoding and a searching job; the repeated one goes on with what was saved, on another cluster."""
     pipe, listed, out = tmp_path / "pipe", tmp_path / "list", tmp_path / "set"
     os.mkfifo(pipe)
@@ -411,6 +416,8 @@ def test_without_its_head_it_says_so_and_goes_on_later(ray, pictures, stored, tm
     assert list(kept.ids) == [f"d/{i}" for i in range(33)]
     pipe.unlink()
     pipe.write_bytes(png(1))
+    replace_models(monkeypatch.setattr)
+    monkeypatch.setattr(ingest, "EncodingActor", Actor)
     finished = CliRunner().invoke(app, [*command, "--ray", ray[1].address])
     assert finished.exit_code == 0, finished.output
     assert [json.loads(finished.stdout)[name] for name in ("added", "present")] == [1, 33]
