@@ -32,7 +32,7 @@ from shielded.cli.options import (
 )
 from shielded.models import DEFAULT_MODEL
 
-_SAMPLING, _SHIELDS = "Sampling", "Shields"
+_SAMPLING, _SHIELDS = "Images", "Shields"  # short: the list of the second fits one line
 _IMAGES = 4  # of each prompt, unless -n or --seeds says otherwise
 _MAX_SEED = 2**32 - 1
 _MAX_SEEDS = 1_000_000  # of one run
