@@ -19,8 +19,9 @@ DOCS = Path(__file__).parents[2] / "docs/models.md"
 class Loaded:
     """What `DiffusionPipeline.from_pretrained` would give, with what it was asked for."""
 
-    def __init__(self, source, use_safetensors, **dtype):
+    def __init__(self, source, use_safetensors, low_cpu_mem_usage=True, **dtype):
         assert use_safetensors
+        self.low_cpu_mem_usage = low_cpu_mem_usage
         self.source, (self.dtype,) = source, dtype.values()
 
     def set_progress_bar_config(self, **options):
@@ -47,6 +48,11 @@ def test_names_lead_to_the_hub(hub):
     assert load("sd3", device="cuda:1", dtype=torch.float32).dtype == torch.float32
     other = load("someone/something", device="cuda")
     assert (other.source, other.dtype, other.device) == ("someone/something", torch.float32, "cuda")
+
+
+def test_diffusers_is_not_asked_for_what_needs_accelerate(hub, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not load("sd3", device="cpu").low_cpu_mem_usage  # or diffusers recommends it at each part
 
 
 def test_device_is_the_processor_where_there_is_no_other(hub, monkeypatch):

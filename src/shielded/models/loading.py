@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def load(
         if isinstance(source, Path):
             _import(source)
         try:
-            pipe = DiffusionPipeline.from_pretrained(source, **dtype_option(dtype), use_safetensors=True)  # no pickle
+            options = dtype_option(dtype) | _memory_option()
+            pipe = DiffusionPipeline.from_pretrained(source, **options, use_safetensors=True)  # no pickle
         except OSError as error:
             if isinstance(source, Path):
                 raise
@@ -114,6 +116,11 @@ def _require_diffusers() -> None:
         if error.name not in ("diffusers", "transformers"):
             raise
         raise ImportError(missing("Pipelines of diffusers", "diffusers")) from None
+
+
+def _memory_option() -> dict[str, bool]:
+    """Ask diffusers for no more than it can do without accelerate, so that it recommends no package at each part."""
+    return {} if importlib.util.find_spec("accelerate") else {"low_cpu_mem_usage": False}
 
 
 def _import(folder: Path) -> None:
