@@ -250,9 +250,9 @@ def test_generate_protect_generate_again_in_a_browser(visit, tmp_path):
     expect(page.locator("#summary")).to_contain_text("Changed copies, by the descriptor: 2 of 2 without SPELL, 0 with")
     expect(page.locator("#summary")).to_contain_text("Guidance let go for 2 images")
     expect(page.locator("#table")).to_contain_text("outside")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
-    expect(page.locator("#status")).to_contain_text("broken.png is not a picture that can be read")
+    (tmp_path / "broken.HEIC").write_bytes(b"no picture")  # a kind that browsers do not know
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.HEIC")
+    expect(page.locator("#status")).to_contain_text("broken.HEIC is not a picture that can be read")
     page.get_by_role("button", name="Forget earlier runs").click()
     expect(page.locator("#memory")).to_contain_text("No earlier images")
 

@@ -19,6 +19,7 @@ from starlette.middleware import Middleware
 
 from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL
+from shielded.protected.ingest.pictures import IMAGE_SUFFIXES
 from shielded.runs.report import trace_plot
 from shielded.studio.choices import Choices
 from shielded.studio.limits import OwnHostOnly, Server
@@ -200,7 +201,10 @@ def build(
                     )
                     about = gr.Markdown(elem_id="about")
                     files = gr.File(
-                        label="Pictures to protect", file_count="multiple", file_types=["image"], height=120
+                        label="Pictures to protect",
+                        file_count="multiple",
+                        file_types=["image", *IMAGE_SUFFIXES],  # browsers do not know that .heic is a picture
+                        height=120,
                     )
                     shelf = gr.Gallery(label="Protected", **_gallery(4), visible=False, elem_id="shelf")
                     status = gr.Markdown("Nothing is protected.", elem_id="status")
