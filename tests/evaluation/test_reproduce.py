@@ -120,8 +120,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_numbers(results, pipe, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(Study, "make", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stopped:
             reproduce("diversity", study(tmp_path / "killed", pipe), plots=False)
+    assert "5 finished cells are in" in stopped.value.__notes__[0]
     assert not (tmp_path / "killed" / "diversity.json").exists()
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "killed").rglob("*.safetensors")}
     assert len(before) == 5

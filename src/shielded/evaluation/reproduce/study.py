@@ -161,7 +161,8 @@ class Study:
         try:
             cell = self.make(setting, prompt, seed, protected)
         except KeyboardInterrupt as error:
-            error.add_note(f"What was finished is kept in {self.out / 'cells'}; the same command goes on with it.")
+            kept = len([*(self.out / "cells").rglob("*.safetensors")])
+            error.add_note(f"{kept or 'No'} finished cells are in {self.out}; the same command goes on with the rest.")
             raise
         with replacing(path) as draft:
             save_file({k: v.contiguous() for k, v in cell.items()}, draft, metadata={"key": json.dumps(key)})
