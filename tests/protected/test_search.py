@@ -149,6 +149,8 @@ def test_any_number_of_queries_for_any_number_of_steps(indexed, monkeypatch, tmp
     protected.remove([f"1-{i}" for i in range(0, 500, 7)])
     z = protected.vectors(range(len(protected))).double().flatten(1).numpy()
     x = rng.standard_normal((19, 144))
+    calls, kernel = [], bounds.kernels.search
+    monkeypatch.setattr(bounds.kernels, "search", lambda *arguments: calls.append(1) or kernel(*arguments))
     for step in range(25):
         x = 0.95 * x + 0.05 * z[rng.integers(0, len(z), 19)] + 0.1 * rng.standard_normal(x.shape) * (step % 5 == 0)
         asked = x[rng.permutation(19)[: (19, 3, 11, 1)[step % 4]]].astype(np.float32)
@@ -160,6 +162,8 @@ def test_any_number_of_queries_for_any_number_of_steps(indexed, monkeypatch, tmp
         hits = protected.within(queries, radius)
         np.testing.assert_array_equal(hits.query, query)
         np.testing.assert_array_equal(hits.row, row)
+    shards = len(protected._reader.vectors.extents())
+    assert 0 < len(calls) <= 2 * 25 * shards  # a shard is read once for all queries of a search
 
 
 def test_a_search_that_is_broken_off_leaves_nothing_wrong_behind(indexed, monkeypatch, tmp_path):
@@ -171,17 +175,17 @@ def test_a_search_that_is_broken_off_leaves_nothing_wrong_behind(indexed, monkey
     far, near = z[:2] + 40, z[:2] + 0.1
     asked = [torch.from_numpy(x).float().view(2, 4, 4, 4) for x in (far, near)]
     protected.within(asked[1], 3.0)
-    search_shard = bounds._QueryBounds.search
+    search_shard = bounds._Groups.search
 
     def broken(self, shard, *rest):
         if shard == 1:
             raise KeyboardInterrupt
         return search_shard(self, shard, *rest)
 
-    monkeypatch.setattr(bounds._QueryBounds, "search", broken)
+    monkeypatch.setattr(bounds._Groups, "search", broken)
     with pytest.raises(KeyboardInterrupt):
         protected.within(asked[0], 330.0)
-    monkeypatch.setattr(bounds._QueryBounds, "search", search_shard)
+    monkeypatch.setattr(bounds._Groups, "search", search_shard)
     for x, radius in ((near, 3.0), (far, 319.0), (near, 9.0)):
         exact = brute_force(x.astype(np.float32), z)
         hits = protected.within(torch.from_numpy(x).float().view(2, 4, 4, 4), radius)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from shielded.protected.search.indexed import kernels
+from shielded.protected.search.indexed.caches import CacheMemory, QueryCache
 from shielded.protected.search.indexed.index import Index, Projection
 from shielded.protected.search.indexed.kernels import BoundTerms, IndexedRows, PrefixQueries, QueryCodes, RowProducts
 from shielded.protected.search.indexed.simd import LANES
@@ -87,7 +88,7 @@ class Pruner:
         self.cells = sum(cells)
         self._cell_starts = np.cumsum([0, *cells])
         self._row_starts = np.cumsum([0, *(len(index.order) for index in indexes)])
-        self._caches: list[_QueryCache] = []
+        self._caches: list[QueryCache] = []
         self.neighbours: list[np.ndarray] = []
 
     def match(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,9 +103,8 @@ class Pruner:
         count = -(-len(x) // LANES)
         if count > len(self._caches):
             steps = max(2, min(_MAX_CACHED_STEPS, _MAX_CACHED_NUMBERS // (count * LANES * self.projection.dim)))
-            self._caches = [
-                _QueryCache(self.projection, self.cells, int(self._row_starts[-1]), steps) for _ in range(count)
-            ]
+            self.memory = CacheMemory(count, self.cells, int(self._row_starts[-1]), steps)
+            self._caches = [QueryCache(self.projection, self.memory, number, steps) for number in range(count)]
             self.neighbours = [np.empty(0, np.int64)] * (count * LANES)
         lanes, moved, free = np.empty(len(x), np.int64), np.empty(len(x)), list(range(len(self._caches)))
         u = self.projection.down(x)
@@ -128,36 +128,20 @@ class Pruner:
         Yields:
             Query, stored row and lower bound of the squared distance of the surviving pairs.
         """
-        for part, cache, lane in self._by_cache(lanes):
-            for query, row, lower in self._cache_survivors(_QueryBounds(self, cache, x[part], lane), lane, limit[part]):
-                yield part[query], row, lower
-
-    def _cache_survivors(self, bounds: _QueryBounds, lane: np.ndarray, limit: np.ndarray) -> Iterator[Pairs]:
-        cache = bounds.cache
-        searched = np.any(np.logical_not(limit < bounds.cell_bounds()[:, lane].T), axis=0)
-        lane_limit = np.full((self.cells, LANES), -np.inf, np.float32)
-        with np.errstate(over="ignore"):
-            lane_limit[:, lane] = np.nextafter(limit.astype(np.float32), np.float32(np.inf)).T
-        query = np.full(LANES, -1)
-        query[lane] = np.arange(len(lane))
+        groups = _Groups(
+            self,
+            [(_QueryBounds(self, cache, x[part], lane), part, lane) for part, cache, lane in self._by_cache(lanes)],
+            limit,
+        )
 
         def search(shards: np.ndarray) -> list[Pairs]:
-            pairs = []
-            size = LANES * max(len(self.rows[shard].prefix) for shard in shards)
+            size = len(groups.searched) * LANES * max(len(self.rows[shard].prefix) for shard in shards)
             buffers = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32)
-            for shard in shards:
-                cells = self.cells_of(shard)
-                found_lane, row, lower = bounds.search(shard, searched[cells], lane_limit[cells], buffers)
-                if len(row):
-                    stored = self._starts[shard] + self.indexes[shard].order.numpy()[row].astype(np.int64)
-                    exists = (query[found_lane] >= 0) & (row < self._counts[shard])
-                    if self._alive is not None:
-                        exists &= self._alive[stored]
-                    pairs.append((query[found_lane[exists]], stored[exists], lower[exists].astype(np.float64)))
-            return pairs
+            return [groups.search(shard, buffers) for shard in shards]
 
+        searched = np.logical_or.reduce(groups.searched)
         shards = np.flatnonzero([searched[self.cells_of(shard)].any() for shard in range(len(self.indexes))])
-        cache.cell_anchor[searched] = cache.steps  # in case this is interrupted
+        groups.begin()
         tasks = np.array_split(shards, min(len(shards), _MAX_TASKS)) if len(shards) else []
         if min(self.threads, len(tasks)) < 2:  # handing over to a thread takes longer than small searches
             for task in tasks:
@@ -166,7 +150,13 @@ class Pruner:
             with ThreadPoolExecutor(min(self.threads, len(tasks))) as threads:
                 for pairs in threads.map(search, tasks):
                     yield from pairs
-        cache.cell_anchor[searched] = cache.newest
+        groups.end()
+
+    def stored(self, shard: int, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the stored row of index rows (n,) of a shard, and whether there are such rows (n,) bool."""
+        stored = self._starts[shard] + self.indexes[shard].order.numpy()[row].astype(np.int64)
+        exists = row < self._counts[shard]
+        return stored, exists if self._alive is None else exists & self._alive[stored]
 
     def approximate_nearest(self, x: np.ndarray, lanes: np.ndarray, k: int) -> list[np.ndarray]:
         """Pick k stored rows for each query that are near it by their prefixes."""
@@ -186,7 +176,7 @@ class Pruner:
                 found[query] = best
         return found
 
-    def _by_cache(self, lanes: np.ndarray) -> Iterator[tuple[np.ndarray, _QueryCache, np.ndarray]]:
+    def _by_cache(self, lanes: np.ndarray) -> Iterator[tuple[np.ndarray, QueryCache, np.ndarray]]:
         """Yield the queries of each cache, the cache, and their lanes in it."""
         for number in np.unique(lanes // LANES):
             part = np.flatnonzero(lanes // LANES == number)
@@ -237,47 +227,6 @@ class _CellMaxima:
         self.shard = np.repeat(np.arange(len(indexes)), [len(index.low_norm) for index in indexes])
 
 
-class _QueryCache:
-    """Cache the last queries of LANES lanes that are searched at once, in a ring buffer of steps.
-
-    Attributes:
-        steps: length of the ring buffer; as an anchor: none.
-        newest: its newest entry.
-        x, u: (steps, LANES, ·) v and Pv.
-        y, y_u: (steps, LANES, ·) y and Py.
-        energies: (4, steps, LANES) squared lengths of x, u, y and y_u.
-        cell_anchor: (cells,) entry v that `cell_minimum` of a cell belongs to.
-        cell_minimum: (cells, LANES) m².
-        products: y·t of each row, and the entry y of it.
-    """
-
-    def __init__(self, projection: Projection, cells: int, rows: int, steps: int) -> None:
-        dim, size = projection.dim, projection.size
-        self.steps, self.newest = steps, 0
-        self.x, self.u = np.zeros((steps, LANES, dim)), np.zeros((steps, LANES, size))
-        self.y, self.y_u = np.zeros((steps, LANES, dim)), np.zeros((steps, LANES, size))
-        self.energies = np.zeros((4, steps, LANES))
-        self.cell_anchor = np.full(cells, steps)
-        self.cell_minimum = np.zeros((cells, LANES), np.float32)
-        self.products = RowProducts(np.zeros((rows, LANES), np.float32), np.full(rows, steps, np.uint8))
-
-    @property
-    def last_x(self) -> np.ndarray:
-        """(LANES, dim)."""
-        return self.x[self.newest]
-
-    @property
-    def last_u(self) -> np.ndarray:
-        """(LANES, size)."""
-        return self.u[self.newest]
-
-    def advance(self) -> None:
-        """Free the oldest entry for the next queries."""
-        self.newest = (self.newest + 1) % self.steps
-        self.cell_anchor[self.cell_anchor == self.newest] = self.steps
-        self.products.anchor[self.products.anchor == self.newest] = self.steps
-
-
 class _QueryBounds:
     """Bound the distances of up to LANES queries, and enter the queries into their cache.
 
@@ -290,15 +239,15 @@ class _QueryBounds:
         lane: their lanes (n,).
     """
 
-    def __init__(self, pruner: Pruner, cache: _QueryCache, x: np.ndarray, lane: np.ndarray) -> None:
+    def __init__(self, pruner: Pruner, cache: QueryCache, x: np.ndarray, lane: np.ndarray) -> None:
         self._pruner, self.cache = pruner, cache
         self._x = cache.last_x.copy()
         self._x[lane] = x
         self._u = pruner.projection.down(self._x)
         self._squared, self._low = np.square(self._x).sum(1), np.square(self._u).sum(1)
         self._enter()
-        self._prefixes, self._prefix_rounding = self._quantised_prefixes()
-        self._terms = self._bound_terms()
+        self.prefixes, self._prefix_rounding = self._quantised_prefixes()
+        self.terms = self._bound_terms()
 
     def _enter(self) -> None:
         cache = self.cache
@@ -313,7 +262,7 @@ class _QueryBounds:
         cache.energies[:, cache.newest] = self._squared, self._low, np.square(y).sum(1), np.square(y_u).sum(1)
         self._fine = y + fine * (steps / 254)
         coarse_codes, fine_codes = codes.astype(np.int8), fine.astype(np.int8)
-        self._queries = QueryCodes(
+        self.queries = QueryCodes(
             cache.newest,
             kernels.blocks(coarse_codes),
             kernels.compensation(coarse_codes),
@@ -380,25 +329,6 @@ class _QueryBounds:
         size = self._squared + np.square(maxima.norm)[:, None]
         return cache.cell_minimum.astype(np.float64) + change - largest - _FLOAT64_ERROR * size
 
-    def search(
-        self, shard: int, searched: np.ndarray, limit: np.ndarray, buffers: tuple[np.ndarray, np.ndarray, np.ndarray]
-    ) -> Pairs:
-        """Find what no bound rules out in the cells of a shard.
-
-        Args:
-            shard: its number.
-            searched: (c,) bool, cells to search.
-            limit: (c, LANES) float32 squared distances.
-            buffers: three arrays (n · LANES,) of int32, int32 and float32.
-
-        Returns:
-            Lane, index row and lower bound, the first parts of the buffers.
-        """
-        minimum = self.cache.cell_minimum[self._pruner.cells_of(shard)]
-        count = kernels.search(searched, *self._arguments(shard), self._queries, limit, minimum, *buffers)
-        lane, row, lower = buffers
-        return lane[:count], row[:count], lower[:count]
-
     def partial_distances(self, shard: int) -> np.ndarray:
         """Compute ‖z‖² − 2 u·p for all index rows of a shard, (n, LANES)."""
         partial = np.empty((len(self._pruner.rows[shard].prefix), LANES), np.float32)
@@ -408,8 +338,78 @@ class _QueryBounds:
     def _arguments(self, shard: int) -> tuple[IndexedRows, RowProducts, PrefixQueries, BoundTerms]:
         rows, cells = self._pruner.index_rows(shard), self._pruner.cells_of(shard)
         products = RowProducts(*(part[rows] for part in self.cache.products))
-        terms = self._terms._replace(common=self._terms.common[cells])
-        return self._pruner.rows[shard], products, self._prefixes[shard], terms
+        terms = self.terms._replace(common=self.terms.common[cells])
+        return self._pruner.rows[shard], products, self.prefixes[shard], terms
+
+
+class _Groups:
+    """Queries that are searched at once, those of each cache as a group.
+
+    Args:
+        pruner: knows the indexes.
+        parts: bounds of each group, numbers of its queries (n,) and their lanes (n,).
+        limit: (B, cells) squared distances.
+
+    Attributes:
+        searched: (groups, cells) bool, cells that bounds of cells leave open.
+    """
+
+    def __init__(
+        self, pruner: Pruner, parts: list[tuple[_QueryBounds, np.ndarray, np.ndarray]], limit: np.ndarray
+    ) -> None:
+        self._pruner, self._bounds = pruner, [bounds for bounds, _, _ in parts]
+        self.searched = np.zeros((len(parts), pruner.cells), bool)
+        self._limit = np.full((len(parts), pruner.cells, LANES), -np.inf, np.float32)
+        self._query = np.full((len(parts), LANES), -1)
+        for group, (bounds, query, lane) in enumerate(parts):
+            self.searched[group] = np.any(np.logical_not(limit[query] < bounds.cell_bounds()[:, lane].T), axis=0)
+            with np.errstate(over="ignore"):
+                self._limit[group][:, lane] = np.nextafter(limit[query].astype(np.float32), np.float32(np.inf)).T
+            self._query[group, lane] = query
+        self._caches = np.array([bounds.cache.number for bounds in self._bounds])
+        self._prefixes = [
+            kernels.stacked(list(of_shard)) for of_shard in zip(*(b.prefixes for b in self._bounds), strict=True)
+        ]
+        self._terms = kernels.stacked([bounds.terms for bounds in self._bounds])
+        self._queries = kernels.stacked([bounds.queries for bounds in self._bounds])
+
+    def begin(self) -> None:
+        """Forget what is known of the cells that are searched, in case the search is interrupted."""
+        for bounds, searched in zip(self._bounds, self.searched, strict=True):
+            bounds.cache.cell_anchor[searched] = bounds.cache.steps
+
+    def search(self, shard: int, buffers: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Pairs:
+        """Find query, stored row and lower bound of the pairs of a shard that no bound rules out.
+
+        Args:
+            shard: its number.
+            buffers: three arrays (n · groups · LANES,) of int32, int32 and float32, written to.
+        """
+        pruner, memory = self._pruner, self._pruner.memory
+        rows, cells = pruner.index_rows(shard), pruner.cells_of(shard)
+        count = kernels.search(
+            self.searched[:, cells],
+            pruner.rows[shard],
+            memory.products[:, rows],
+            memory.anchor[:, rows],
+            self._caches,
+            self._prefixes[shard],
+            self._terms._replace(common=self._terms.common[:, cells]),
+            self._queries,
+            self._limit[:, cells],
+            memory.cell_minimum[:, cells],
+            *buffers,
+        )
+        lane, row, lower = (buffer[:count] for buffer in buffers)
+        query = self._query.reshape(-1)[lane]
+        stored, exists = pruner.stored(shard, row)
+        exists &= query >= 0
+        return query[exists], stored[exists], lower[exists].astype(np.float64)
+
+    def end(self) -> None:
+        """Remember the bounds of the cells that have been searched."""
+        for bounds, searched in zip(self._bounds, self.searched, strict=True):
+            bounds.cache.cell_anchor[searched] = bounds.cache.newest
 
 
 def _nearest_lanes(u: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, float]:

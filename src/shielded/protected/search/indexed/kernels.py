@@ -9,7 +9,7 @@ addresses of arrays that they allocate inside the loops that use them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import float32, njit
@@ -21,6 +21,7 @@ from shielded.protected.search.indexed.simd import LANES, WIDTH_BITS, lower_boun
 _MAX_INT32_TERMS = 1 << 15  # products of bytes that int32 can sum
 _LANE_BYTES = 4 * LANES  # of one float32 or int32 for each lane
 _PREFETCHED_ROWS = 16  # rows whose prefixes are fetched ahead
+_BLOCK_BYTES = 1 << 19  # of codes that all queries read before the next ones
 _ROWS_PER_PASS = 256  # rows whose products with prefixes stay in a processor's cache
 
 
@@ -89,7 +90,7 @@ class QueryCodes(NamedTuple):
         step: (LANES,) float32.
     """
 
-    newest: int
+    newest: int | np.ndarray
     blocks: np.ndarray
     compensation: np.ndarray
     fine_blocks: np.ndarray
@@ -103,11 +104,24 @@ def blocks(codes: np.ndarray) -> np.ndarray:
     filled = np.zeros((*others, queries, padded(dim)), np.int8)
     filled[..., :dim] = codes
     parts = filled.reshape(*others, queries, -1, LINE_BYTES).swapaxes(-3, -2)
+    return _aligned(parts)
+
+
+def stacked(parts: list[Any]) -> Any:
+    """Stack named tuples of arrays or numbers, each array of bytes from the start of a cache line on."""
+    return type(parts[0])(
+        *(_aligned(np.stack([np.asarray(value) for value in values])) for values in zip(*parts, strict=True))
+    )
+
+
+def _aligned(values: np.ndarray) -> np.ndarray:
     # Reading a vector that starts in the middle of a cache line takes twice as long.
-    buffer = np.empty(filled.size + LINE_BYTES, np.int8)
+    if values.dtype != np.int8:
+        return values
+    buffer = np.empty(values.size + LINE_BYTES, np.int8)
     start = -buffer.ctypes.data % LINE_BYTES
-    result = buffer[start : start + filled.size].reshape(parts.shape)
-    result[...] = parts
+    result = buffer[start : start + values.size].reshape(values.shape)
+    result[...] = values
     return result
 
 
@@ -214,85 +228,129 @@ def _inner(at_row, at_next, dim, at_queries, compensation, sums, inner):
             inner[k] += sums[k]
 
 
+@njit(nogil=True)
+def _terms_of(terms, group):
+    """Take the `BoundTerms` of a group out of stacked ones."""
+    return BoundTerms(terms.common[group], terms.factor[group], terms.rho_factor[group], terms.error_factor[group])
+
+
 @kernel
-def search(searched, rows, cached, prefixes, terms, queries, limit, cell_minimum, found_lane, found_row, found_lower):
+def search(
+    searched,
+    rows,
+    products,
+    anchor,
+    caches,
+    prefixes,
+    terms,
+    queries,
+    limit,
+    minimum,
+    found_query,
+    found_row,
+    found_lower,
+):
     """Find what no bound rules out in the cells of a shard; read the codes of rows that other bounds leave open.
 
+    Queries come in g groups of LANES, each with a cache. They search a cell one after the other and take turns in
+    reading codes, so that codes that several groups need come from memory once and then from the processor's cache.
+
     Args:
-        searched: (c,) bool, cells to search.
+        searched: (g, c) bool, cells to search.
         rows: `IndexedRows`.
-        cached: `RowProducts`, updated.
-        prefixes: `PrefixQueries`.
-        terms: `BoundTerms` of all cells.
-        queries: `QueryCodes`.
-        limit: (c, LANES) squared distances; rows that are certainly farther are ruled out.
-        cell_minimum: (c, LANES), set to the smallest bound in each cell, −inf in one whose codes had to be read.
-        found_lane: (n · LANES,) int32, set to the lanes of the survivors,
-        found_row: (n · LANES,) int32, to their rows, and
-        found_lower: (n · LANES,) float32, to their lower bounds.
+        products: products of the `RowProducts` of all caches, updated.
+        anchor: their anchors, updated.
+        caches: (g,) the cache of each group.
+        prefixes: `PrefixQueries` of the groups, stacked.
+        terms: `BoundTerms` of all cells and of the groups, stacked.
+        queries: `QueryCodes` of the groups, stacked.
+        limit: (g, c, LANES) squared distances; rows that are certainly farther are ruled out.
+        minimum: (all caches, c, LANES), set to the smallest bound in each cell, −inf in one whose codes had to be read.
+        found_query: (n · g · LANES,) int32, set to group · LANES + lane of the survivors,
+        found_row: (n · g · LANES,) int32, to their rows, and
+        found_lower: (n · g · LANES,) float32, to their lower bounds.
 
     Returns:
         Number of survivors.
     """
-    scale, rho, error, anchor, products = rows.scale, rows.rho, rows.error, cached.anchor, cached.products
-    compensation, fine_compensation, step, newest = (
-        queries.compensation,
-        queries.fine_compensation,
-        queries.step,
-        queries.newest,
-    )
-    size, dim = len(scale) // len(searched), rows.codes.shape[1]
-    partial, candidates = np.empty((size, LANES), np.float32), np.empty(size + 1, np.int64)
+    scale, rho, error = rows.scale, rows.rho, rows.error
+    groups, cells = searched.shape
+    size, dim = len(scale) // cells, rows.codes.shape[1]
+    partial, candidates = np.empty((groups, size, LANES), np.float32), np.empty((groups, size + 1), np.int64)
+    counts, done = np.empty(groups, np.int64), np.empty(groups, np.int64)
     sums, inner, fine = np.empty(LANES, np.int32), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     product, lower, unused = np.empty((3, LANES), np.float32)
-    at_codes, at_products = rows.codes.ctypes.data, products.ctypes.data
-    at_queries, at_fine = queries.blocks.ctypes.data, queries.fine_blocks.ctypes.data
-    last = _LANE_BYTES * (len(terms.factor) - 1)
+    at_codes = rows.codes.ctypes.data
+    last = _LANE_BYTES * (terms.factor.shape[1] - 1)
     found = 0
-    for cell in range(len(searched)):
-        if not searched[cell]:
-            continue
-        first, cell_terms = cell * size, _addresses(terms, cell)
-        count = _bound_cell(
-            first, rows, cached, prefixes, cell_terms, limit[cell], partial, candidates, cell_minimum[cell]
-        )
-        if count:
-            cell_minimum[cell] = -np.inf
-        common, factor, rho_factor, error_factor = cell_terms
-        entry = _LANE_BYTES * newest
-        for j in range(count):
-            row, next_row = first + candidates[j], first + candidates[min(j + 1, count - 1)]
-            at_row, at_next = at_codes + row * dim, at_codes + next_row * dim
-            _inner(at_row, at_next, dim, at_queries, compensation, sums, inner)
-            anchor[row] = newest
-            for k in range(LANES):
-                products[row, k] = float32(inner[k]) * step[k] * scale[row]
-            survives = lower_bound(
-                rho[row],
-                error[row],
-                partial.ctypes.data + _LANE_BYTES * candidates[j],
-                (common + entry, factor + entry, rho_factor + entry, error_factor + entry),
-                at_products + _LANE_BYTES * row,
-                limit.ctypes.data + _LANE_BYTES * cell,
-                lower.ctypes.data,
-                unused.ctypes.data,
-            )
-            if survives:
-                _inner(at_row, at_next, dim, at_fine, fine_compensation, sums, fine)
-                for k in range(LANES):
-                    product[k] = float32(254 * inner[k] + fine[k]) * (step[k] / float32(254)) * scale[row]
-                survives = lower_bound(
-                    rho[row],
-                    error[row],
-                    partial.ctypes.data + _LANE_BYTES * candidates[j],
-                    (common + last, factor + last, rho_factor + last, error_factor + last),
-                    product.ctypes.data,
-                    limit.ctypes.data + _LANE_BYTES * cell,
-                    lower.ctypes.data,
-                    unused.ctypes.data,
+    for cell in range(cells):
+        first = cell * size
+        for g in range(groups):
+            counts[g] = done[g] = 0
+            if searched[g, cell]:
+                counts[g] = _bound_cell(
+                    first,
+                    rows,
+                    RowProducts(products[caches[g]], anchor[caches[g]]),
+                    PrefixQueries(prefixes.blocks[g], prefixes.compensation[g], prefixes.step[g]),
+                    _addresses(_terms_of(terms, g), cell),
+                    limit[g, cell],
+                    partial[g],
+                    candidates[g],
+                    minimum[caches[g], cell],
                 )
-                for k in range(LANES):
-                    if survives >> k & 1:
-                        found_lane[found], found_row[found], found_lower[found] = k, row, lower[k]
-                        found += 1
+                if counts[g]:
+                    minimum[caches[g], cell, :] = -np.inf
+        # Blocks of rows whose codes stay in a processor's cache until the last group has read them.
+        rows_per_block = size if groups == 1 else max(1, _BLOCK_BYTES // dim)
+        for end in range(rows_per_block, size + rows_per_block, rows_per_block):
+            for g in range(groups):
+                count, newest = counts[g], queries.newest[g]
+                of_products, of_anchor, step = products[caches[g]], anchor[caches[g]], queries.step[g]
+                compensation, fine_compensation = queries.compensation[g], queries.fine_compensation[g]
+                at_queries, at_fine = queries.blocks[g].ctypes.data, queries.fine_blocks[g].ctypes.data
+                at_products = of_products.ctypes.data
+                at_limit = limit[g, cell].ctypes.data
+                common, factor, rho_factor, error_factor = _addresses(_terms_of(terms, g), cell)
+                entry = _LANE_BYTES * newest
+                j = done[g]
+                while j < count and candidates[g, j] < end:
+                    at_in_cell = candidates[g, j]
+                    row, next_row = first + at_in_cell, first + candidates[g, min(j + 1, count - 1)]
+                    j += 1
+                    at_row, at_next = at_codes + row * dim, at_codes + next_row * dim
+                    _inner(at_row, at_next, dim, at_queries, compensation, sums, inner)
+                    of_anchor[row] = newest
+                    for k in range(LANES):
+                        of_products[row, k] = float32(inner[k]) * step[k] * scale[row]
+                    survives = lower_bound(
+                        rho[row],
+                        error[row],
+                        partial.ctypes.data + _LANE_BYTES * (g * size + at_in_cell),
+                        (common + entry, factor + entry, rho_factor + entry, error_factor + entry),
+                        at_products + _LANE_BYTES * row,
+                        at_limit,
+                        lower.ctypes.data,
+                        unused.ctypes.data,
+                    )
+                    if survives:
+                        _inner(at_row, at_next, dim, at_fine, fine_compensation, sums, fine)
+                        for k in range(LANES):
+                            product[k] = float32(254 * inner[k] + fine[k]) * (step[k] / float32(254)) * scale[row]
+                        survives = lower_bound(
+                            rho[row],
+                            error[row],
+                            partial.ctypes.data + _LANE_BYTES * (g * size + at_in_cell),
+                            (common + last, factor + last, rho_factor + last, error_factor + last),
+                            product.ctypes.data,
+                            at_limit,
+                            lower.ctypes.data,
+                            unused.ctypes.data,
+                        )
+                        for k in range(LANES):
+                            if survives >> k & 1:
+                                found_query[found], found_row[found] = g * LANES + k, row
+                                found_lower[found] = lower[k]
+                                found += 1
+                done[g] = j
     return found
