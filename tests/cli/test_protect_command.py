@@ -255,6 +255,30 @@ def test_kill_9_in_the_middle(tmp_path, monkeypatch, renames, version):
     assert not (target / store.UNFINISHED).exists()
 
 
+def test_a_copy_threshold_is_kept_in_the_set(pictures, target):
+    made = run(pictures, "--out", target, "--descriptor", "shielded")
+    own = ProtectedSet.open(target).copy_threshold
+    assert f"copies from a similarity of {own:g} on; `shielded calibrate` suggests" in made.stdout
+    changed = run_json("--out", target, "--copy-threshold", 0.75)
+    assert (changed["copy_threshold"], changed["size"], changed["version"]) == (0.75, 3, 3)
+    assert run_json("--out", target, "--copy-threshold", 0.75)["version"] == 3  # nothing to change
+    assert ProtectedSet.open(target).copy_threshold == 0.75
+    assert ProtectedSet.open(target, version=2).copy_threshold == own
+    run_json(pictures, "--out", target, "--overwrite", "--descriptor", "shielded", "--copy-threshold", 0.8)
+    assert ProtectedSet.open(target).copy_threshold == 0.8
+
+
+def test_a_copy_threshold_that_cannot_be_is_refused_before_anything_is_encoded(pictures, target):
+    run(pictures / "a.png", "--out", target)
+    for value, why in ((1.5, "between -1 and 1"), ("near", "takes a number"), (0.9, "has no descriptor")):
+        result = run(pictures, "--out", target, "--add", "--copy-threshold", value, code=2)
+        assert why in result.stderr.replace("\n", " ")
+    assert len(ProtectedSet.open(target)) == 1
+    new = run(pictures, "--out", target.with_name("new"), "--copy-threshold", 0.9, code=2)
+    assert "--descriptor shielded" in new.stderr.replace("\n", " ")
+    assert not target.with_name("new").exists()
+
+
 def test_compact_says_what_it_deleted(pictures, target):
     run(pictures, "--out", target)
     assert "Deleted" not in run("--out", target, "--remove", "b").stdout

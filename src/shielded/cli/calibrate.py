@@ -177,7 +177,7 @@ def _copy_tier(result: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"Suggested copy threshold: {found['threshold']:.4f}. {found['false_alarms']:.1%} of {found['n']} different "
-        "protected pictures are that similar to another.",
+        "protected pictures are that similar to another. shielded protect --copy-threshold keeps it in the set.",
     ]
     lines += [f"  the pair that decides: {a} and {b} ({value:.3f})" for a, b, value in found["deciding"][:1]]
     lines += [f"  nearly equal, left out: {a} and {b} ({value:.3f})" for a, b, value in found["nearly_equal"][:5]]

@@ -74,6 +74,10 @@ def protect(
             help="Find changed copies too, by this network: shielded.",
         ),
     ] = None,
+    copy_threshold: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Similarity from which on a picture is a copy; default: what the set has."),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
     overwrite: Overwrite = False,
@@ -86,8 +90,8 @@ def protect(
     Example: shielded protect photos/ --out my-set --radius 18
     """
     with errors(debug):
-        if not (paths or remove or compact):
-            raise UsageError("nothing to do; give images to protect, --remove ID or --compact.")
+        if not (paths or remove or compact or copy_threshold is not None):
+            raise UsageError("nothing to do; give images to protect, --remove ID, --copy-threshold S or --compact.")
         from shielded.protected.ingest import job
 
         try:
@@ -105,6 +109,7 @@ def protect(
                 ray=ray,
                 device=device,
                 descriptor=descriptor,
+                copy_threshold=copy_threshold,
                 progress=not as_json,
                 columns=column or (),
             )
@@ -150,7 +155,11 @@ def _print(result: ProtectResult, as_json: bool, taken: bool = False) -> None:
     if result.not_looked_at:
         kinds = ", ".join(f"{number} {reason}" for reason, number in sorted(result.not_looked_at.items()))
         summary += f" Not looked at: {kinds}."
+    if result.copy_threshold is not None:
+        summary += f" Pictures are copies from a similarity of {result.copy_threshold:g} on"
+        summary += "; `shielded calibrate` suggests a threshold for these." if result.new else "."
     left_out = {"other_radii", *(("deleted", "freed") if result.deleted is None else ())}
+    left_out |= {"copy_threshold"} if result.copy_threshold is None else set()
     printed = {name: value for name, value in vars(result).items() if name not in left_out}
     show(printed, as_json, summary)
 

@@ -41,6 +41,8 @@ class ProtectResult:
         radius: shield radius of the images that were added; None: they have none.
         deleted: how many removed images `compact` deleted from disk; None: it was not asked to.
         freed: bytes that this freed.
+        copy_threshold: similarity from which on the set calls a picture a copy; None: it has no descriptor, or no
+            threshold.
     """
 
     set: str
@@ -57,6 +59,7 @@ class ProtectResult:
     radius: float | None = None
     deleted: int | None = None
     freed: int = 0
+    copy_threshold: float | None = None
 
 
 class EmptySetError(ValueError):
@@ -84,6 +87,7 @@ def protect(
     progress: bool = True,
     descriptor: str | None = None,
     columns: Sequence[str] = (),
+    copy_threshold: float | None = None,
 ) -> ProtectResult:
     """Encode images into a protected set on disk; remove images from one.
 
@@ -110,6 +114,8 @@ def protect(
         descriptor: "shielded", so that a new set also finds changed copies; None: it has shields alone. A set that
             exists keeps what it has.
         columns: names of the columns of tables that hold images; none: the only one.
+        copy_threshold: similarity from which on the set calls a picture a copy, as `shielded calibrate` suggests one;
+            None: what it has, at first the descriptor's own.
 
     Returns:
         Counts of what was done, and the images that were skipped.
@@ -119,7 +125,8 @@ def protect(
         FileNotFoundError: a path or the set does not exist.
         KeyError: the set has no image of an id in `remove`.
         EmptySetError: none of the images could be read. The set has been deleted if this call made it.
-        RequestError: some images would have a radius and others not.
+        RequestError: some images would have a radius and others not, or a threshold is no cosine, or for a set without
+            a descriptor.
         ValueError: the set was made for another latent space, `strict` and an image cannot be read, or a descriptor
             together with `ray`.
         RuntimeError: another process is writing to the set, or no cluster answers.
@@ -130,6 +137,8 @@ def protect(
     done, removed, other_radii = AddedImages(), 0, False
     if descriptor is not None and ray is not None:
         raise ValueError("A cluster does not describe images yet; leave out the descriptor, or ray.")
+    if copy_threshold is not None:
+        _require_similarity(copy_threshold, out, overwrite, descriptor)
     if remove:
         removed = _remove(ProtectedSet.open(out), remove)
     existed = (out / store.MANIFEST).exists() and not overwrite
@@ -141,7 +150,10 @@ def protect(
         job |= {"columns": list(columns)} if columns else {}
         done = _add(out, job, add or bool(remove), overwrite, strict, device, progress, ray)
     protected = ProtectedSet.open(out)
+    if copy_threshold not in (None, protected.copy_threshold):
+        protected.set_copy_threshold(copy_threshold)
     counts: dict[str, Any] = {"removed": removed, **vars(done), "other_radii": other_radii, "radius": radius}
+    counts["copy_threshold"] = protected.copy_threshold
     if compact:
         before = _stored(out)
         protected.compact()
@@ -153,6 +165,18 @@ def protect(
             _delete(out)  # so that the next try finds no set
         raise EmptySetError(result)
     return result
+
+
+def _require_similarity(threshold: float, out: Path, overwrite: bool, descriptor: str | None) -> None:
+    """Refuse a threshold that the set could not have, before anything is encoded."""
+    if not -1 <= threshold <= 1:
+        raise RequestError(f"a copy threshold is a similarity between -1 and 1, such as 0.9; got {threshold:g}.")
+    exists = (out / store.MANIFEST).exists() and not overwrite
+    if (ProtectedSet.open(out).descriptor if exists else descriptor) is None:
+        raise RequestError(
+            f"{out} has no descriptor, so it has no copy threshold; a set made with descriptor='shielded' "
+            "(--descriptor shielded) has one."
+        )
 
 
 def _radius(protected: ProtectedSet, given: float | None) -> float | None:
