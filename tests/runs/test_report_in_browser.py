@@ -111,7 +111,7 @@ def test_pictures_are_compared_with_keys(browser, report):
     assert page.evaluate("document.querySelector('#viewer').getBoundingClientRect().width") <= 390
     page.keyboard.press("Escape")
     assert not viewer.is_visible()
-    page.wait_for_function("document.activeElement.getAttribute('aria-label') === 'Compare refused, seed 0'")
+    page.locator(":focus[aria-label='Compare refused, seed 0']").wait_for()
     page.close()
 
 
@@ -125,7 +125,8 @@ def test_pictures_are_compared_with_a_pointer_and_shown_whole(browser, report):
     page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 50)
     page.mouse.up()
     assert page.locator("#viewer input").input_value() == "25"
-    page.wait_for_function("document.querySelector('#viewer .below').naturalWidth === 700")  # the file, not the page's
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect(page.locator("#viewer .below")).to_have_js_property("naturalWidth", 700)  # the file, not the page's
     page.get_by_role("button", name="Close").click()
     assert not page.locator("#viewer").is_visible()
     page.close()
