@@ -48,7 +48,7 @@ def posterior(out: Path, radii: list[float]) -> str:
     captions = (EMOJI / "captions.txt").read_text().splitlines()
     prompts = [captions[i] for i in np.random.default_rng(1).permutation(len(captions))[:16]]
     schedules = {
-        "constant": {},
+        "constant": {"radius_schedule": "constant"},
         "posterior, energy·t²": {"radius_schedule": "posterior"},
         "posterior, measured": {
             "radius_schedule": "posterior",
