@@ -62,20 +62,20 @@ PUBLIC = {
 }
 
 
-@pytest.fixture
-def core(monkeypatch):
+@pytest.fixture(scope="module")
+def core():
     """The functions of core/ by name, each of them checked wherever core/ uses it."""
     result = {}
-    for module in MODULES.values():
-        for owner, name, function in functions(module):
-            if isinstance(owner, type) and (name.startswith("__") or getattr(owner, "_is_protocol", False)):
-                continue
-            replacement = checked(function, module)
-            result[name] = replacement
-            for place in (owner, *MODULES.values()):
-                if vars(place).get(name) is function:
-                    monkeypatch.setattr(place, name, replacement)
-    return types.SimpleNamespace(**result)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in MODULES.values():
+            for owner, name, function in functions(module):
+                if isinstance(owner, type) and (name.startswith("__") or getattr(owner, "_is_protocol", False)):
+                    continue
+                result[name] = checked(function, module)
+                for place in (owner, *MODULES.values()):
+                    if vars(place).get(name) is function:
+                        patch.setattr(place, name, result[name])
+        yield types.SimpleNamespace(**result)
 
 
 def bare(annotation):

@@ -22,12 +22,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from helpers.in_pixels import Actor, replace_models
+from helpers.in_pixels import SPACE, Actor, replace_models
 from shielded import Spell
 from shielded.cli import app
 from shielded.latent_space import LatentSpace
 from shielded.models import load
 from shielded.protected import ProtectedSet, add_images, store, writer
+from shielded.protected.ingest.encoding import pixels_of
 from shielded.protected.ray import connection, ingest, search
 
 WORKERS = 2
@@ -280,16 +281,11 @@ def pictures(tmp_path):
     return folder
 
 
-@pytest.fixture(scope="module")
-def space():
-    return LatentSpace.of(load("emoji", "cpu"))
-
-
 def content(protected):
     return list(zip(protected.ids, protected.sources, protected.sha256, strict=True))
 
 
-class KilledOnce(ingest.EncodingActor):
+class KilledOnce(Actor):
     """The first batch of all is never finished."""
 
     def __call__(self, table):
@@ -300,7 +296,7 @@ class KilledOnce(ingest.EncodingActor):
         return done
 
 
-def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp_path, monkeypatch):
+def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, tmp_path, monkeypatch):
     # Who reads the pipe waits for somebody who writes into it: meanwhile it is killed. So is an encoder at its work.
     monkeypatch.setattr(ingest, "EncodingActor", KilledOnce)
     KilledOnce.marker = tmp_path / "killed"
@@ -321,7 +317,7 @@ def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp
     feeder = threading.Thread(target=feed)
     feeder.start()
     paths = [str(pictures), f"@{listed}"]
-    protected = ProtectedSet.create(tmp_path / "spread", space)
+    protected = ProtectedSet.create(tmp_path / "spread", SPACE)
     done = ingest.add_images_on_cluster(
         protected, paths, ray[1].address, "emoji", 5.0, batch_size=2, mirror=True, progress=False
     )
@@ -332,8 +328,8 @@ def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp
     regular.mkdir()
     (regular / "pipe").write_bytes(png(1))
     listed.write_text(f"{pictures / 'c.png'}\n{regular / 'pipe'}\n")
-    alone = ProtectedSet.create(tmp_path / "alone", space)
-    expected = add_images(alone, paths, 5.0, space=space, mirror=True, progress=False)
+    alone = ProtectedSet.create(tmp_path / "alone", SPACE)
+    expected = add_images(alone, paths, 5.0, space=SPACE, mirror=True, progress=False)
     assert (done.added, done.present) == (expected.added, expected.present) == (16, 2)
     assert [path for path, _ in done.skipped] == [str(pictures / "broken.png")]
     assert [row for row in content(protected) if "pipe" not in row[0]] == [
@@ -343,6 +339,21 @@ def test_encoding_is_the_same_and_survives_its_workers(ray, pictures, space, tmp
     assert torch.equal(protected.radii, alone.radii)
     difference = protected.vectors(range(16)) - alone.vectors(range(16))
     assert difference.abs().max() <= 1e-5 * alone.vectors(range(16)).abs().max()  # batches may be others
+
+
+def test_a_worker_encodes_with_the_model_that_it_loads():
+    space = LatentSpace.of(load("emoji", "cpu"))
+    picture = {"name": "a", "source": "a.png", "sha256": b"0" * 32, "data": png(1), "error": "", "frame": ""}
+    unread = {**picture, "data": b"", "error": "it is broken"}
+    table = pytest.importorskip("pyarrow").Table.from_pylist([{**picture, "passed": ""}, {**unread, "passed": ""}])
+    done, skipped = ingest.EncodingActor("emoji", space.fingerprint, mirror=True)(table).to_pylist()
+    pixels = pixels_of(png(1), space)
+    for name, expected in (("latents", pixels), ("mirrored", pixels.flip(-1))):
+        latents = torch.frombuffer(bytearray(done[name]), dtype=torch.float32)
+        torch.testing.assert_close(latents, space.encode(expected[None]).flatten(), rtol=1e-4, atol=1e-4)
+        assert skipped[name] == b""
+    with pytest.raises(ValueError, match="is not the one that the protected set was made with"):
+        ingest.EncodingActor("emoji", SPACE.fingerprint, mirror=False)
 
 
 def reads(process, file):
