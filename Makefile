@@ -27,7 +27,7 @@ demo: .venv/.installed
 # One process per core, since most tests are many small operations on one thread, and one more: some wait for others.
 test: .venv/.developing lint
 	.venv/bin/python -m compileall -q src tests # once, and not in each process that the tests start
-	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The suite with older diffusers and transformers, in environments of their own: .venv-0.35.2 and .venv-0.36.0. Everything
 # else is pinned as usual, but for what these two decide. What only older versions warn about does not fail the run.
@@ -45,7 +45,7 @@ test-older-%: constraints.txt pyproject.toml
 		diffusers==$(word 1,$(older)) transformers==$(word 2,$(older))
 	$(venv)/bin/pip install --quiet --disable-pip-version-check ftfy # SkyReels before diffusers 0.36 wants it
 	$(venv)/bin/pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
-	$(venv)/bin/python -m pytest -W default -rs --numprocesses $(WORKERS) --dist worksteal
+	$(venv)/bin/python -m pytest -W default -rs --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 docs: .venv/.developing
 	.venv/bin/mkdocs build --strict

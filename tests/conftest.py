@@ -25,3 +25,11 @@ settings.load_profile("the same examples in every run")
 typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 collect_ignore = ["helpers"]  # no tests, and some of them need optional packages
+
+# Files are shared among processes whole, so that what a file prepares is prepared once. These take longest.
+FIRST = ["test_ray", "test_docs", "test_reproduce", "test_cli", "test_studio", "test_repair", "test_attach"]
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the longest files, so that all processes end at about the same time."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))

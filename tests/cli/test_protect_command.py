@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from helpers.in_pixels import replace_models
 from shielded.cli import app
 from shielded.protected import ProtectedSet, store
 from shielded.protected.ingest import encoding, job
@@ -187,10 +188,12 @@ PAUSED = """
 import sys
 from functools import partial
 import os
+from helpers.in_pixels import replace_models
 from shielded.cli import main
 from shielded.protected import store
 from shielded.protected.ingest import encoding, job
 
+replace_models()
 encoding._SAVE_SECONDS = 0
 job.add_images = partial(encoding.add_images, batch_size=4)
 rename, left = os.replace, int(sys.argv.pop(1))
@@ -219,6 +222,7 @@ def test_kill_9_in_the_middle(tmp_path, monkeypatch, renames, version):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     (folder / "1.png").write_bytes(b"broken")
     (folder / "4.png").write_bytes((folder / "3.png").read_bytes())
+    replace_models(monkeypatch.setattr)  # another process need not load one
     monkeypatch.setattr(job, "add_images", partial(encoding.add_images, batch_size=4))
     run(folder, "--out", tmp_path / "whole", "--radius", 5, "--mirror")
 

@@ -98,10 +98,10 @@ def test_memorised_points_are_left_to_exactly_the_radius(points, sampler, overla
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_overlapping_shells_are_kept_where_the_sum_leaks(sampler):
-    """1,000 samples. The points lie close together in a plane of few dimensions, as pictures do, so normals oppose."""
+    """500 samples. The points lie close together in a plane of few dimensions, as pictures do, so normals oppose."""
     points = 3 * torch.randn(16, 4, generator=torch.Generator().manual_seed(0)) @ torch.eye(4, 64)
     radius = 1.5 * torch.pdist(points).min().item()
-    noise = 40 * torch.randn(1000, 64, generator=torch.Generator().manual_seed(1))
+    noise = 40 * torch.randn(500, 64, generator=torch.Generator().manual_seed(1))
 
     def leaks(overlap):
         spell = Spell(points, radius, overcompensation=1.0, batch=False, overlap=overlap)
