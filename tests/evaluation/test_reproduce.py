@@ -320,13 +320,20 @@ def test_prompts_repeat_and_have_enough_references(archive, pipe, tmp_path):
 # Experiments --------------------------------------------------------------------------------------------------------
 
 
+SHORTER = {name: lambda *radii, sweep=SWEEPS[name]: sweep(*radii)[:2] for name in ("interval", "noise")}
+
+
 @pytest.fixture(scope="module")
 def results(pipe, archive, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     small = study(out, pipe)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, sweep in SHORTER.items():
+            patch.setitem(SWEEPS, name, sweep)
+        tradeoff = reproduce("tradeoff", small, plots=False, methods=list(SHORTER))
     return out, {
         "diversity": reproduce("diversity", small, plots=False),
-        "tradeoff": reproduce("tradeoff", small, plots=False, methods=["interval", "noise"]),
+        "tradeoff": tradeoff,
         "sparsity": reproduce("sparsity", small, plots=False),
         "shielding": reproduce("shielding", small, archive, plots=False),
     }
@@ -349,7 +356,7 @@ def test_diversity_rows_and_changes(results):
 
 def test_tradeoff_has_all_points_and_fronts(results):
     result = results[1]["tradeoff"]
-    swept = [s for name in ("interval", "noise") for s in SWEEPS[name](26.0, 26.0)]
+    swept = [s for sweep in SHORTER.values() for s in sweep(26.0, 26.0)]
     assert [(r["label"], r["strength"]) for r in result["rows"]] == [
         ("plain", 0.0),
         *((s.label, s.strength) for s in swept),
@@ -373,8 +380,8 @@ def test_shielding_moves_images_out(results):
     assert result["rows"][3]["nearest_protected"] >= result["radius"]
 
 
-def test_shielding_protects_plain_images_of_other_seeds_without_a_reference(pipe, tmp_path):
-    made = study(tmp_path, pipe)
+def test_shielding_protects_plain_images_of_other_seeds_without_a_reference(results, pipe):
+    made = study(results[0], pipe)
     result = shielding(made, ReferenceImages(made), radius=5.0)
     assert result["protected"] == 2 * len(PROMPTS) * 4
     assert result["radius"] == 5.0
@@ -444,7 +451,7 @@ def test_plots_show_every_point(results, name, tmp_path):
     assert text.count("<svg") == len(files)
     if name == "tradeoff":
         svg = files[0].read_text()
-        assert all(re.search(rf"<!-- {s.strength:g} -->", svg) for s in SWEEPS["noise"](1.0, 1.0))
+        assert all(re.search(rf"<!-- {s.strength:g} -->", svg) for s in SHORTER["noise"](1.0, 1.0))
 
 
 def test_plots_without_matplotlib_are_one_clear_sentence(results, tmp_path, monkeypatch):
