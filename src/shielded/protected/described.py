@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shielded._extras import RequestError
 from shielded.copies import Descriptor
 from shielded.core.inputs import float_tensor
 from shielded.latent_space.pixels import require_range
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     from shielded.protected.columns import Id
     from shielded.protected.snapshot import Reader, Snapshot
     from shielded.protected.writer import Writer
+
+
+def require_copy_threshold(threshold: float | None, described: bool) -> None:
+    """Require that a threshold is a cosine or none, and that the set has a descriptor."""
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise RequestError(f"a similarity lies between -1 and 1, such as 0.9; got {threshold}.")
+    if not described:
+        raise RequestError(
+            "This protected set has no descriptor, so it has no copy threshold; one made with descriptor='shielded' "
+            "(--descriptor shielded) has."
+        )
 
 
 class Described:
@@ -66,10 +78,7 @@ class Described:
             RuntimeError: another process is writing, or the set was opened with `ray`.
             OSError: the disk is full or the folder read-only.
         """
-        if threshold is not None and not -1 <= threshold <= 1:
-            raise ValueError(f"a similarity lies between -1 and 1, such as 0.9; got {threshold}.")
-        if self.descriptor is None:
-            raise ValueError("This protected set has no descriptor, so it has no copy threshold.")
+        require_copy_threshold(threshold, self.descriptor is not None)
         with self._writing(self._writable()) as changes:
             changes.set_copy_threshold(threshold)
 

@@ -17,6 +17,7 @@ from shielded.latent_space import LatentSpace
 from shielded.models import DEFAULT_MODEL
 from shielded.protected import store
 from shielded.protected.columns import MIRRORED, is_mirrored
+from shielded.protected.described import require_copy_threshold
 from shielded.protected.ingest.encoding import AddedImages, add_images
 from shielded.protected.ingest.sources import Paths, require_images
 from shielded.protected.protected_set import ProtectedSet
@@ -137,11 +138,12 @@ def protect(
     done, removed, other_radii = AddedImages(), 0, False
     if descriptor is not None and ray is not None:
         raise ValueError("A cluster does not describe images yet; leave out the descriptor, or ray.")
-    if copy_threshold is not None:
-        _require_similarity(copy_threshold, out, overwrite, descriptor)
+    existed = (out / store.MANIFEST).exists() and not overwrite
+    if copy_threshold is not None:  # before anything is encoded
+        chosen = ProtectedSet.open(out).descriptor if existed else descriptor
+        require_copy_threshold(copy_threshold, chosen is not None)
     if remove:
         removed = _remove(ProtectedSet.open(out), remove)
-    existed = (out / store.MANIFEST).exists() and not overwrite
     if given:
         radius = _radius(ProtectedSet.open(out), radius) if existed and (add or remove) else radius
         other_radii = radius is not None and add and bool((ProtectedSet.open(out).radii != radius).any())
@@ -165,18 +167,6 @@ def protect(
             _delete(out)  # so that the next try finds no set
         raise EmptySetError(result)
     return result
-
-
-def _require_similarity(threshold: float, out: Path, overwrite: bool, descriptor: str | None) -> None:
-    """Refuse a threshold that the set could not have, before anything is encoded."""
-    if not -1 <= threshold <= 1:
-        raise RequestError(f"a copy threshold is a similarity between -1 and 1, such as 0.9; got {threshold:g}.")
-    exists = (out / store.MANIFEST).exists() and not overwrite
-    if (ProtectedSet.open(out).descriptor if exists else descriptor) is None:
-        raise RequestError(
-            f"{out} has no descriptor, so it has no copy threshold; a set made with descriptor='shielded' "
-            "(--descriptor shielded) has one."
-        )
 
 
 def _radius(protected: ProtectedSet, given: float | None) -> float | None:
